@@ -1,0 +1,11 @@
+#!/usr/bin/env bash
+# Set up .venv and run the tests: CPU, no GPU and no hub needed. Arguments go to pytest.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+[ -x .venv/bin/python ] || python3 -m venv .venv
+.venv/bin/pip install --quiet --disable-pip-version-check \
+    -r requirements.txt -r tests/requirements.txt -c tests/constraints.txt
+.venv/bin/ruff check .
+.venv/bin/ruff format --check .
+# One thread: the tiny model is faster that way, and the sums of a step have one order.
+OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 .venv/bin/python -m pytest "$@"
