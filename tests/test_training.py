@@ -1,0 +1,171 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The scripts from end to end on the tiny pipeline: train, checkpoint, resume, finish, load, generate."""
+
+import ast
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, SCRIPTS, equal, weights
+from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
+
+
+# What may differ between two scripts, besides their module docstrings.
+ALLOWED_DIFFERENCES = {
+    ("train_sd3_sft", "train_sd3_soar"): {"parse_args", "training_losses"},
+    ("train_sd3_soar", "train_sd3_soar_lora"): {
+        "from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict",
+        "parse_args",
+        "trained_layers",
+        "load_transformer",
+        "save_transformer",
+    },
+}
+
+
+def definitions(script):
+    """Source of every top-level statement, with the comments above it, by name where it has one."""
+    source = (ROOT / f"{script}.py").read_text()
+    body = ast.parse(source).body[1:]  # without the docstring
+    lines, end, found = source.splitlines(), body[0].lineno - 1, {}
+    for node in body:
+        text = "\n".join(lines[end : node.end_lineno]).strip()
+        found[getattr(node, "name", text)] = text
+        end = node.end_lineno
+    return found
+
+
+@pytest.mark.parametrize("pair", ALLOWED_DIFFERENCES)
+def test_scripts_stay_in_step(pair):
+    one, other = map(definitions, pair)
+    different = {name for name in one.keys() | other.keys() if one.get(name) != other.get(name)}
+    assert different == ALLOWED_DIFFERENCES[pair]
+    header = [(ROOT / f"{script}.py").read_text().split('"""')[0] for script in pair]
+    assert header[0] == header[1]
+
+
+def test_the_command_lines_differ_only_in_their_groups():
+    """`parse_args` may differ: in the groups of SOAR and LoRA, the name of the output and the learning rate."""
+    sft, soar, lora = (definitions(script)["parse_args"].splitlines() for script in SCRIPTS)
+
+    def without_group(lines, title):
+        start = next(i for i, line in enumerate(lines) if f'add_argument_group("{title}")' in line)
+        return lines[:start] + lines[start + 1 + lines[start + 1 :].index("") + 1 :]
+
+    def difference(one, other):
+        return [pair for pair in zip(one, other, strict=True) if pair[0] != pair[1]]
+
+    assert [a.split('"')[1] for a, _ in difference(sft, without_group(soar, "SOAR"))] == ["--output_dir"]
+    changed = [a.split('"')[1] for a, _ in difference(soar, without_group(lora, "LoRA"))]
+    assert changed == ["--output_dir", "--learning_rate"]
+
+
+def generate(pipeline):
+    generator = torch.Generator().manual_seed(0)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline("a cat", height=32, width=32, num_inference_steps=2, generator=generator, output_type="np").images
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_train_checkpoint_resume_finish_load_generate(script, run, pipeline, tmp_path):
+    arguments = ("--max_train_steps", 4, "--checkpointing_steps", 2, "--checkpoints_total_limit", 1, "--use_ema")
+    whole = run(script, *arguments, "--output_dir", tmp_path / "whole", "--validation_prompt", "a cat")
+    part = tmp_path / "part"
+    run(script, *arguments, "--output_dir", part, "--max_train_steps", 2)
+    run(script, *arguments, "--output_dir", part, "--resume_from_checkpoint", "latest")
+    assert equal(whole, part)
+    assert [folder.name for folder in part.glob("checkpoint-*")] == ["checkpoint-4"]
+
+    base = StableDiffusion3Pipeline.from_pretrained(pipeline)
+    before = generate(base)
+    if script == "train_sd3_soar_lora":
+        base.load_lora_weights(whole)
+        after = generate(base)
+        base.set_adapters(base.get_list_adapters()["transformer"], 0.0)
+        assert np.array_equal(generate(base), before)
+    else:
+        transformer = SD3Transformer2DModel.from_pretrained(whole, subfolder="transformer")
+        after = generate(StableDiffusion3Pipeline.from_pretrained(pipeline, transformer=transformer))
+    assert np.abs(after - before).max() > 1e-3
+
+    assert (whole / "validation" / "step-4.png").exists()
+    card = (whole / "README.md").read_text()
+    assert "samples/0-0.png" in card and f"{script}.py --max_train_steps 4" in card
+    assert (whole / "samples" / "0-0.png").exists()
+    assert json.loads((whole / "training_args.json").read_text())["max_train_steps"] == 4
+
+
+def test_soar_without_auxiliary_points_is_sft(run, tmp_path):
+    """Step for step: the weights after each step are the SFT script's, bit for bit."""
+    arguments = ("--max_train_steps", 3, "--checkpointing_steps", 1, "--cond_dropout_rate", 0.5, "--random_flip")
+    sft = run("train_sd3_sft", *arguments, "--output_dir", tmp_path / "sft")
+    for name, flag in (("lambda", "--lambda_aux"), ("length", "--trajectory_length")):
+        soar = run("train_sd3_soar", *arguments, flag, 0, "--output_dir", tmp_path / name)
+        for step in (1, 2, 3):
+            assert equal(sft / f"checkpoint-{step}", soar / f"checkpoint-{step}")
+    soar = run("train_sd3_soar", *arguments, "--output_dir", tmp_path / "soar")
+    assert not equal(sft, soar)
+
+
+@pytest.mark.parametrize(
+    ("paths", "length", "chunk", "scale", "with_graph", "without_graph"),
+    [(1, 6, None, 4.5, 7, 1), (2, 3, 12, 4.5, 2, 1), (1, 2, 1, 4.5, 5, 1), (1, 6, 6, 1.0, 3, 0)],
+)
+def test_calls_and_graphs_of_a_soar_step(run, monkeypatch, paths, length, chunk, scale, with_graph, without_graph):
+    """1 + M*N forwards with gradient and 1 without per sample; never more than one graph alive."""
+    calls, alive = [], set()
+    forward = SD3Transformer2DModel.forward
+
+    class Graph(torch.autograd.Function):
+        """Identity that knows when its graph is used up by `backward`."""
+
+        @staticmethod
+        def forward(ctx, x, number):
+            ctx.number = number
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, gradient):
+            alive.discard(ctx.number)
+            return gradient, None
+
+    def counted(self, hidden_states, **inputs):
+        calls.append((torch.is_grad_enabled(), len(hidden_states)))
+        assert not alive, "another graph is still alive"
+        (output,) = forward(self, hidden_states, **inputs)
+        if torch.is_grad_enabled():
+            alive.add(len(calls))
+            output = Graph.apply(output, len(calls))
+        return (output,)
+
+    monkeypatch.setattr(SD3Transformer2DModel, "forward", counted)
+    arguments = ["--max_train_steps", 1, "--num_rollout_paths", paths, "--trajectory_length", length]
+    arguments += ["--aux_batch_size", chunk] if chunk else []
+    run("train_sd3_soar", *arguments, "--cfg_scale_sampling", scale)
+    assert sum(grad for grad, _ in calls) == with_graph
+    assert sum(not grad for grad, _ in calls) == without_graph
+    assert sum(samples for grad, samples in calls if grad) == 2 * (1 + paths * length)
+
+
+def test_loss_does_not_depend_on_the_chunks(run, tmp_path):
+    """The gradient is the sum over the auxiliary points, however they are cut."""
+    arguments = ("train_sd3_soar", "--max_train_steps", 1, "--num_rollout_paths", 2, "--trajectory_length", 3)
+    one, other = (run(*arguments, "--aux_batch_size", n, "--output_dir", tmp_path / str(n)) for n in (5, 12))
+    for name, tensor in weights(one).items():
+        torch.testing.assert_close(tensor, weights(other)[name], rtol=0, atol=2e-5)
+
+
+def test_accelerate_launch(pipeline, photos, tmp_path):
+    """The command of the README, as a process of its own."""
+    command = f"""accelerate launch --cpu --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no
+        {ROOT}/train_sd3_soar.py --pretrained_model_name_or_path {pipeline} --train_data_dir {photos} --resolution 32
+        --train_batch_size 2 --max_train_steps 1 --output_dir {tmp_path}/out --cache_latents --cache_prompt_embeds
+        --dataloader_num_workers 1"""
+    executable = [sys.executable, "-m", "accelerate.commands.accelerate_cli", *command.split()[1:]]
+    done = subprocess.run(executable, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert (tmp_path / "out" / "transformer" / "config.json").exists()
+    assert "Traceback" not in done.stderr

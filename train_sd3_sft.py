@@ -1,0 +1,1334 @@
+#!/usr/bin/env python
+# Copyright 2026 The SOAR for SD3.5 authors.
+# SPDX-License-Identifier: Apache-2.0
+# /// script
+# requires-python = ">=3.10"
+# dependencies = [
+#     "torch>=2.6",
+#     "diffusers>=0.42",
+#     "transformers>=5.0",
+#     "accelerate>=1.10",
+#     "peft>=0.17",
+#     "datasets>=4.0",
+#     "safetensors>=0.5",
+#     "bitsandbytes>=0.46; sys_platform == 'linux'",
+#     "sentencepiece",
+#     "protobuf",
+#     "tensorboard",
+# ]
+# ///
+"""
+Fine-tune all weights of a Stable Diffusion 3 / 3.5 transformer with plain flow matching (SFT).
+
+    accelerate launch train_sd3_sft.py \
+        --pretrained_model_name_or_path stabilityai/stable-diffusion-3.5-medium \
+        --train_data_dir my_images --resolution 512 --center_crop --cache_latents --cache_prompt_embeds \
+        --mixed_precision bf16 --train_batch_size 4 --learning_rate 2e-5 --max_train_steps 5000 \
+        --validation_prompt "a photo of two clocks" --output_dir sd35-sft
+
+The baseline of `train_sd3_soar.py`: the same data, noise and order for the same seed, without SOAR's correction of
+the model's own sampling errors. `diff train_sd3_sft.py train_sd3_soar.py` shows the whole method.
+
+Needs `soar_utils.py` beside it, nothing else. Source: rectified flow and SD3, arXiv 2403.03206.
+"""
+
+import argparse
+import contextlib
+import datetime
+import functools
+import hashlib
+import io
+import itertools
+import json
+import logging
+import math
+import os
+import random
+import shlex
+import shutil
+import sys
+import tempfile
+import time
+import uuid
+import warnings
+from collections import Counter, defaultdict
+from pathlib import Path
+from types import SimpleNamespace
+
+import datasets
+import diffusers
+import numpy as np
+import torch
+import transformers
+from accelerate import Accelerator
+from accelerate.logging import get_logger
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    InitProcessGroupKwargs,
+    ProjectConfiguration,
+    broadcast_object_list,
+    gather_object,
+)
+from diffusers import AutoencoderKL, SD3Transformer2DModel, StableDiffusion3Pipeline
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+from diffusers.optimization import SchedulerType, get_scheduler
+from diffusers.training_utils import (
+    EMAModel,
+    compute_density_for_timestep_sampling,
+    compute_loss_weighting_for_sd3,
+    find_nearest_bucket,
+    generate_aspect_ratio_buckets,
+    offload_models,
+    parse_buckets_string,
+)
+from diffusers.utils import make_image_grid
+from huggingface_hub import HfApi, ModelCard, ModelCardData
+from PIL import Image, ImageOps
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from tqdm.auto import tqdm
+
+import soar_utils
+
+
+logger = get_logger(__name__)
+
+
+def parse_args(input_args=None):
+    """Command line of this script; prints one line and exits with code 2 on a mistake. The groups are the manual."""
+    parser = argparse.ArgumentParser(
+        description=__doc__.strip().split("\n")[0], usage="%(prog)s ARGUMENTS, see --help", allow_abbrev=False
+    )
+
+    model = parser.add_argument_group("model")
+    add = model.add_argument
+    add("--pretrained_model_name_or_path", required=True, help="Hub id or folder of an SD3 / SD3.5 pipeline.")
+    add("--revision", help="Hub revision of the model.")
+    add("--variant", help="Variant of the weight files, for example fp16.")
+    add("--no_text_encoder_3", action="store_true", help="Leave the T5 encoder out; the pipeline feeds zeros instead.")
+    add("--mixed_precision", choices=["no", "fp16", "bf16"], help="Default: what `accelerate config` says.")
+    add("--gradient_checkpointing", action="store_true", help="Recompute activations: less memory, a third slower.")
+    add("--allow_tf32", action="store_true", help="TF32 matrix products for float32 on Ampere and newer GPUs.")
+
+    data = parser.add_argument_group("data (exactly one of --dataset_name, --train_data_dir, --jsonl_path)")
+    add = data.add_argument
+    add("--dataset_name", help="Hub id or folder for `datasets.load_dataset`, split `train`.")
+    add("--dataset_config_name", help="Configuration of --dataset_name.")
+    add("--train_data_dir", help="Folder of images with `metadata.jsonl` or `metadata.csv` (column `file_name`).")
+    add("--jsonl_path", help='Lines {"md5": ..., "caption_en": ..., "bw": 512, "bh": 512}; images `{md5}.jpg`.')
+    add("--image_dir", help="Folder of the images of --jsonl_path (.jpg, .jpeg, .png, .webp).")
+    add("--image_column", default="image")
+    add("--caption_column", default="text")
+    add("--max_train_samples", type=at_least(1), help="Use the first N images.")
+    add("--skip_bad_images", action="store_true", help="Drop and count images that cannot be read, instead of ending.")
+    add("--resolution", type=at_least(16), default=512, help="Size in pixels, also of the validation images.")
+    add("--center_crop", action="store_true", help="Crop the centre instead of a random part.")
+    add("--random_flip", action="store_true", help="Mirror half of the images.")
+    add("--use_aspect_ratio_buckets", action="store_true", help="Train at several shapes of about --resolution^2.")
+    add("--aspect_ratio_buckets", help='The shapes, as "height,width;height,width"; implies the flag above.')
+    add("--max_sequence_length", type=at_least(1), default=256, help="T5 tokens of captions and validation prompts.")
+    add("--cond_dropout_rate", type=between(0, 1), default=0.0, help="Share of samples trained with an empty caption.")
+    add("--cache_latents", action="store_true", help="Encode every image once, to disk; keeps one crop an image.")
+    add("--cache_prompt_embeds", action="store_true", help="Encode every caption once, to disk.")
+    add("--cache_dir", help="Folder of both caches, shared by runs. Default: OUTPUT_DIR/cache.")
+    add("--offload", action="store_true", help="Keep encoders that are still needed on the CPU between uses.")
+    add("--dataloader_num_workers", type=at_least(0), default=0)
+
+    training = parser.add_argument_group("training")
+    add = training.add_argument
+    add("--output_dir", default="sd3-sft")
+    add("--seed", type=at_least(0), help="Drawn and logged when absent.")
+    add("--train_batch_size", type=at_least(1), default=4, help="Images per process and forward.")
+    add("--gradient_accumulation_steps", type=at_least(1), default=1)
+    add("--num_train_epochs", type=at_least(1), default=1)
+    add("--max_train_steps", type=at_least(1), help="Optimizer steps; replaces --num_train_epochs.")
+    add("--learning_rate", type=at_least(0, float), default=2e-5)
+    add("--lr_scheduler", choices=[name.value for name in SchedulerType], default="constant")
+    add("--lr_warmup_steps", type=at_least(0), default=0)
+    add("--lr_num_cycles", type=at_least(1), default=1, help="Restarts of cosine_with_restarts.")
+    add("--lr_power", type=float, default=1.0, help="Power of polynomial.")
+    add("--lr_step_rules", help='Rules of piecewise_constant: "1:10,0.1:20,0.01" is x1 to step 10, x0.1 to 20, x0.01.')
+    add("--optimizer", choices=["adamw", "prodigy"], default="adamw")
+    add("--use_8bit_adam", action="store_true", help="AdamW with 8-bit state (bitsandbytes).")
+    add("--adam_beta1", type=between(0, 1), default=0.9)
+    add("--adam_beta2", type=between(0, 1), default=0.999)
+    add("--adam_weight_decay", type=at_least(0, float), default=1e-2)
+    add("--adam_epsilon", type=at_least(0, float), default=1e-8)
+    add("--prodigy_beta3", type=between(0, 1), help="Default: the square root of --adam_beta2.")
+    add("--prodigy_decouple", action=argparse.BooleanOptionalAction, default=True, help="Decoupled weight decay.")
+    add("--prodigy_use_bias_correction", action=argparse.BooleanOptionalAction, default=True)
+    add("--prodigy_safeguard_warmup", action=argparse.BooleanOptionalAction, default=True)
+    add("--max_grad_norm", type=at_least(0, float), default=1.0)
+    add("--weighting_scheme", choices=["none", "sigma_sqrt", "logit_normal", "mode", "cosmap"], default="logit_normal")
+    add("--logit_mean", type=float, default=0.0, help="Of logit_normal, as in the SD3 paper: positive leans to noise.")
+    add("--logit_std", type=at_least(0, float), default=1.0, help="Of logit_normal.")
+    add("--mode_scale", type=float, default=1.29, help="Of mode.")
+    add("--use_ema", action="store_true", help="Average the weights; validation and the saved model use the average.")
+    add("--ema_decay", type=between(0, 1), default=0.9999)
+    add("--offload_ema", action="store_true", help="Keep the average on the CPU between steps.")
+
+    checkpoint = parser.add_argument_group("checkpoint")
+    add = checkpoint.add_argument
+    add("--checkpointing_steps", type=at_least(1), default=500, help="Save the whole state every N optimizer steps.")
+    add("--checkpoints_total_limit", type=at_least(1), help="Keep the newest N checkpoints.")
+    add("--resume_from_checkpoint", help="A checkpoint folder, or `latest`: the newest, if there is one.")
+
+    validation = parser.add_argument_group("validation")
+    add = validation.add_argument
+    add("--validation_prompt", action="append", default=[], help="May be given several times.")
+    add("--num_validation_images", type=at_least(1), default=4, help="Per prompt.")
+    add("--validation_steps", type=at_least(1), default=500, help="Sample every N optimizer steps.")
+    add("--num_inference_steps", type=at_least(1), default=40)
+    add("--guidance_scale", type=float, default=4.5)
+    add("--skip_final_inference", action="store_true", help="No samples from the finished model.")
+
+    logs = parser.add_argument_group("logging and hub")
+    add = logs.add_argument
+    add("--report_to", default="tensorboard", help="Tracker known to accelerate (tensorboard, wandb, ...), or none.")
+    add("--push_to_hub", action="store_true", help="Upload the result and its card.")
+    add("--hub_model_id", help="Repository to push to. Default: the name of --output_dir.")
+    add("--hub_token", help="Better: `hf auth login`, or the HF_TOKEN variable. Never written anywhere.")
+
+    return check_args(parser, input_args)
+
+
+def at_least(minimum, kind=int):
+    """Argparse type: a finite number not below `minimum`."""
+    return between(minimum, math.inf, kind)
+
+
+def between(minimum, maximum, kind=float):
+    """Argparse type: a finite number from `minimum` to `maximum`."""
+
+    def parse(text):
+        value = kind(text)
+        if not (minimum <= value <= maximum and math.isfinite(value)):
+            bounds = f"from {minimum} to {maximum}" if maximum < math.inf else f"at least {minimum}"
+            raise argparse.ArgumentTypeError(f"must be {bounds}, got {text}")
+        return value
+
+    parse.__name__ = kind.__name__  # argparse names the type when `kind` itself refuses the text
+    return parse
+
+
+def check_args(parser, input_args):
+    """Parse, and check what one argument alone does not show. Returns the namespace, with `command` to repeat it."""
+    argv = sys.argv[1:] if input_args is None else list(input_args)
+    args = parser.parse_args(argv)
+    pairs = zip(argv, ["", *argv[:-1]], strict=True)
+    shown = [word for word, before in pairs if before != "--hub_token" and not word.startswith("--hub_token")]
+    args.command = shlex.join([Path(__file__).name, *shown])
+
+    sources = {flag: getattr(args, flag) for flag in ("dataset_name", "train_data_dir", "jsonl_path")}
+    given = [f"--{flag}" for flag, value in sources.items() if value is not None]
+    if len(given) != 1:
+        parser.error(f"give exactly one of --dataset_name, --train_data_dir and --jsonl_path (got {given or 'none'})")
+    if (args.jsonl_path is None) != (args.image_dir is None):
+        parser.error("--jsonl_path and --image_dir belong together: give both or none")
+    for flag in ("train_data_dir", "image_dir", "jsonl_path"):
+        path, kind = getattr(args, flag), "file" if flag == "jsonl_path" else "folder"
+        if path is not None and not (os.path.isfile(path) if kind == "file" else os.path.isdir(path)):
+            parser.error(f"--{flag} {path}: no such {kind}")
+
+    args.buckets = [(args.resolution, args.resolution)]
+    if args.aspect_ratio_buckets:
+        try:
+            args.buckets = parse_buckets_string(args.aspect_ratio_buckets)
+        except ValueError as error:
+            parser.error(f"--aspect_ratio_buckets: {error}")
+    elif args.use_aspect_ratio_buckets:
+        args.buckets = generate_aspect_ratio_buckets(args.resolution)
+    if args.resolution % 16 or any(side % 16 for bucket in args.buckets for side in bucket):
+        parser.error("--resolution and every side of --aspect_ratio_buckets must be divisible by 16")
+
+    if args.use_8bit_adam and args.optimizer != "adamw":
+        parser.error(f"--use_8bit_adam goes with --optimizer adamw, not {args.optimizer}")
+    if args.lr_scheduler == "piecewise_constant" and not args.lr_step_rules:
+        parser.error("--lr_scheduler piecewise_constant needs --lr_step_rules")
+    if args.report_to not in ("none", "all", *LOGGER_TYPE_TO_CLASS):
+        parser.error(f"--report_to {args.report_to}: choose one of none, all, {', '.join(LOGGER_TYPE_TO_CLASS)}")
+    installed = [tracker.value for tracker in get_available_trackers()]
+    if args.report_to in LOGGER_TYPE_TO_CLASS and args.report_to not in installed:
+        parser.error(f"--report_to {args.report_to}: not installed; `pip install {args.report_to}`, or none")
+    return args
+
+
+def fail(message):
+    """End the run with one line and exit code 1."""
+    raise SystemExit(f"error: {message}")
+
+
+@contextlib.contextmanager
+def failing_with(what):
+    """Turn a library's complaint about the user's input into one line that says `what` it was about."""
+    try:
+        yield
+    except (OSError, ValueError, ImportError, datasets.exceptions.DatasetsError) as error:
+        raise SystemExit(f"error: {what}: {' '.join(str(error.__cause__ or error).split())[:500]}") from error
+
+
+def run_on_main(accelerator, function):
+    """Call `function` on the main process; every process returns its result, or ends with its error message."""
+    outcome = [None, None]
+    if accelerator.is_main_process:
+        try:
+            outcome[0] = function()
+        except SystemExit as error:
+            outcome[1] = str(error)
+    broadcast_object_list(outcome)
+    if outcome[1]:
+        raise SystemExit(outcome[1])
+    return outcome[0]
+
+
+def trained_layers(args, config):
+    """Names of the layers that are trained: `None` stands for all of them."""
+    return None
+
+
+def load_transformer(args, folder, weight_dtype, checkpoint=None):
+    """
+    The transformer to train, all weights in float32, from `checkpoint` where there is one.
+
+    Args:
+        args (`argparse.Namespace`): The command line.
+        folder (`str`): Local pipeline folder.
+        weight_dtype (`torch.dtype`): Unused here: the weights that train stay float32.
+        checkpoint (`str`, *optional*): Folder that [`save_transformer`] wrote.
+
+    Returns:
+        `SD3Transformer2DModel`: its trainable parameters have `requires_grad`.
+    """
+    return SD3Transformer2DModel.from_pretrained(
+        checkpoint or folder,
+        subfolder="transformer",
+        variant=None if checkpoint else args.variant,
+        dtype=torch.float32,
+        use_safetensors=True,
+    )
+
+
+def save_transformer(transformer, folder):
+    """
+    Write the trained weights to `folder/transformer`, in diffusers' format.
+
+    Returns:
+        `str`: the lines of Python, for the model card, that make a pipeline of `base` and the folder `result`.
+    """
+    transformer.save_pretrained(os.path.join(folder, "transformer"))
+    return (
+        "dtype = torch.bfloat16\n"
+        'transformer = SD3Transformer2DModel.from_pretrained(result, subfolder="transformer", dtype=dtype)\n'
+        "pipeline = StableDiffusion3Pipeline.from_pretrained(base, transformer=transformer, dtype=dtype)"
+    )
+
+
+def check_model(args):
+    """
+    Read the configs of the pipeline's parts and refuse what these scripts cannot train, before any weights load.
+
+    Returns:
+        `dict`: `shift`, and the sizes that data and caches depend on.
+    """
+    name, hub = args.pretrained_model_name_or_path, {"revision": args.revision, "token": args.hub_token}
+    with failing_with(f"--pretrained_model_name_or_path {name} is not a Stable Diffusion 3 pipeline"):
+        class_name = StableDiffusion3Pipeline.load_config(name, **hub).get("_class_name", "")
+        if not class_name.startswith("StableDiffusion3"):
+            raise ValueError("its model_index.json names another pipeline")
+        transformer = SD3Transformer2DModel.load_config(name, subfolder="transformer", **hub)
+        scheduler = diffusers.FlowMatchEulerDiscreteScheduler.load_config(name, subfolder="scheduler", **hub)
+        vae = AutoencoderKL.load_config(name, subfolder="vae", **hub)
+    if scheduler.get("use_dynamic_shifting"):
+        fail(f"{name}: its scheduler uses dynamic shifting; these scripts need a constant `shift`, as SD3.5 has")
+    vae_scale_factor = 2 ** (len(vae["block_out_channels"]) - 1)
+    divisor = vae_scale_factor * transformer["patch_size"]
+    trained_layers(args, transformer)
+    model = {
+        "shift": scheduler.get("shift", 1.0),
+        "latent_channels": vae["latent_channels"],
+        "vae_scale_factor": vae_scale_factor,
+        "divisor": divisor,
+        "max_side": divisor * transformer["pos_embed_max_size"],
+        "joint_attention_dim": transformer["joint_attention_dim"],
+        "embeds_size": transformer["joint_attention_dim"] * (77 + args.max_sequence_length)
+        + transformer["pooled_projection_dim"],
+    }
+    for side in {args.resolution, *itertools.chain(*args.buckets)}:
+        check_side(side, model, "--resolution or --aspect_ratio_buckets")
+    return model
+
+
+def check_side(side, model, what):
+    """Refuse an image side, in pixels, that the model cannot take; `what` names where it came from."""
+    divisor = math.lcm(16, model["divisor"])
+    if side % divisor or not 0 < side <= model["max_side"]:
+        fail(f"{what}: side {side} must be divisible by {divisor} and at most {model['max_side']} for this model")
+
+
+def load_images(args):
+    """
+    The images, not yet decoded, and their captions, from whichever of the three sources was given.
+
+    Returns:
+        `datasets.Dataset`: columns `image` (`{"path", "bytes"}`), `caption` (`str`), and `height` and `width`, the
+        size in pixels that the source asks for, or 0.
+    """
+    if args.jsonl_path is not None:
+        rows = datasets.Dataset.from_list(list(read_jsonl(args)))
+    else:
+        source, split = args.dataset_name or args.train_data_dir, "train"
+        with failing_with(f"{'--dataset_name' if args.dataset_name else '--train_data_dir'} {source}"):
+            if args.dataset_name:
+                rows = datasets.load_dataset(source, args.dataset_config_name, split=split)
+            else:
+                rows = datasets.load_dataset("imagefolder", data_dir=source, split=split)
+        for flag in ("image_column", "caption_column"):
+            if getattr(args, flag) not in rows.column_names:
+                fail(f"--{flag} {getattr(args, flag)}: {source} has the columns {', '.join(rows.column_names)}")
+        if args.train_data_dir:
+            suffixes = Image.registered_extensions()
+            unlisted = sum(f.suffix.lower() in suffixes for f in Path(source).rglob("*")) - len(rows)
+            if unlisted > 0:
+                logger.warning(f"{unlisted} images in {source} are not listed in its metadata and are not used.")
+        rows = rows.select_columns([args.image_column, args.caption_column])
+        rows = rows.rename_columns({args.image_column: "image", args.caption_column: "caption"})
+        with failing_with(f"--image_column {args.image_column} of {source} holds no images"):
+            rows = rows.cast_column("image", datasets.Image(decode=False))
+        with failing_with(f"--caption_column {args.caption_column} of {source} holds no text"):
+            rows = rows.cast_column("caption", datasets.Value("string"))
+        rows = rows.add_column("height", [0] * len(rows)).add_column("width", [0] * len(rows))
+    if args.max_train_samples is not None:
+        rows = rows.select(range(min(args.max_train_samples, len(rows))))
+    return rows
+
+
+def read_jsonl(args):
+    """Yield a row for [`load_images`] from each line of --jsonl_path, the format of the authors' code."""
+    image_dir = Path(args.image_dir).resolve()
+    with open(args.jsonl_path, "rb") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            where = f"{args.jsonl_path}, line {number}"
+            try:
+                record = json.loads(line)
+            except ValueError as error:
+                fail(f"{where} is not JSON: {error}")
+            if not isinstance(record, dict) or not isinstance(record.get("md5"), str) or "caption_en" not in record:
+                fail(f"{where} needs the fields `md5`, a text, and `caption_en`")
+            height, width = record.get("bh") or 0, record.get("bw") or 0
+            if not all(isinstance(side, int) and side >= 0 and side % 16 == 0 for side in (height, width)):
+                fail(f"{where}: `bw` and `bh` must be whole numbers divisible by 16, got {width} and {height}")
+            if (height == 0) != (width == 0):
+                fail(f"{where}: give both `bw` and `bh`, or none")
+            candidates = [image_dir / f"{record['md5']}{suffix}" for suffix in (".jpg", ".jpeg", ".png", ".webp")]
+            path = next((path for path in candidates if path.is_file()), candidates[0])
+            if not path.resolve().is_relative_to(image_dir):
+                fail(f"{where}: `md5` {record['md5']!r} leads out of --image_dir")
+            caption = choose_caption(record["caption_en"])
+            yield {"image": {"path": str(path), "bytes": None}, "caption": caption, "height": height, "width": width}
+
+
+def choose_caption(value):
+    """The caption in a `caption_en` field: its text, or the first non-empty text of the JSON object in it."""
+    if isinstance(value, str) and value.lstrip().startswith("{"):
+        with contextlib.suppress(ValueError):  # a caption may simply begin with a brace
+            value = json.loads(value)
+    if isinstance(value, dict):
+        fields = ("long_caption", "medium_caption", "short_caption", "text")
+        value = next((value[field] for field in fields if value.get(field)), "")
+    return value if isinstance(value, str) else ""
+
+
+def read_image(image):
+    """
+    Decode one image.
+
+    Args:
+        image (`dict`): `bytes` of the file, or its `path`.
+
+    Returns:
+        `tuple[PIL.Image.Image, str]`: the image, RGB and upright by its EXIF orientation, and the SHA-256 of its file.
+
+    Raises:
+        Whatever PIL raises on a broken file, and `PIL.Image.DecompressionBombWarning` on a giant one, undecoded.
+    """
+    data = Path(image["path"]).read_bytes() if image["bytes"] is None else image["bytes"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        with Image.open(io.BytesIO(data)) as opened:
+            return ImageOps.exif_transpose(opened).convert("RGB"), hashlib.sha256(data).hexdigest()
+
+
+def inspect_image(image):
+    """Name, size and digest of an image, or what is wrong with it; runs in data-loader workers."""
+    found = {"name": image["path"]}
+    try:
+        decoded, found["digest"] = read_image(image)
+        found["size"] = decoded.height, decoded.width
+    except Exception as error:  # a broken file raises whatever its decoder raises; the caller reports it
+        found["error"] = f"{type(error).__name__}: {error}"
+    return found
+
+
+def inspect_images(args, model, rows):
+    """
+    Decode every image once, so that a bad one is found now and not in the middle of the run, and choose its size.
+
+    Args:
+        args (`argparse.Namespace`): The command line.
+        model (`dict`): From [`check_model`].
+        rows (`datasets.Dataset`): From [`load_images`].
+
+    Returns:
+        `list[dict]`: of each usable image its `row`, `name`, `digest`, and the `size` (height, width) to train at.
+    """
+    if len(rows) == 0:
+        fail("the data set is empty")
+    captions = rows["caption"]
+    empty = sum(not (caption or "").strip() for caption in captions)
+    if empty == len(rows):
+        fail("every caption is empty; is this the right --caption_column?")
+    if empty:
+        logger.warning(f"{empty} of {len(rows)} captions are empty: those images train the unconditional model.")
+
+    heights, widths = rows["height"], rows["width"]
+    loader = torch.utils.data.DataLoader(
+        rows["image"], batch_size=None, collate_fn=inspect_image, num_workers=args.dataloader_num_workers
+    )
+    inspected = []
+    for row, found in enumerate(tqdm(loader, desc="Checking images", unit="image")):
+        name = found["name"] or f"image {row} of the data set"
+        if "error" in found:
+            if not args.skip_bad_images:
+                fail(f"{name} cannot be read ({found['error']}); mend it, or drop such images with --skip_bad_images")
+            logger.warning(f"Dropped {name}: {found['error']}")
+            continue
+        size = heights[row], widths[row]
+        if size == (0, 0):
+            size = args.buckets[find_nearest_bucket(*found["size"], args.buckets)]
+        for side in size:
+            check_side(side, model, f"{name}: size in its data set")
+        inspected.append({"row": row, "name": name, "size": size, "digest": found["digest"]})
+    sizes = Counter("{1}x{0}".format(*item["size"]) for item in inspected)
+    logger.info(f"{len(inspected)} images, {len(rows) - len(inspected)} dropped; sizes {dict(sizes)}.")
+    return inspected
+
+
+def derive_seed(*parts):
+    """A 64-bit seed from any printable parts; equal on every machine and in every process."""
+    return int.from_bytes(hashlib.sha256("/".join(map(str, parts)).encode()).digest()[:8], "little")
+
+
+class TrainingImages(torch.utils.data.Dataset):
+    """
+    The samples. A key is `(index, position)`, where `position` counts samples from the start of the run: whatever is
+    random about a sample depends on the seed and on its position, so no worker, process or restart changes it.
+    """
+
+    def __init__(self, args, rows, inspected, encoders):
+        self.args, self.inspected, self.encoders = args, inspected, encoders
+        self.images, self.captions = rows["image"], rows["caption"]  # columns are read row by row, as asked for
+
+    def __len__(self):
+        return len(self.inspected)
+
+    def pixels(self, index, top, left, flip):
+        """Resize so that the image covers its training size, crop, flip; `(3, H, W)` uint8."""
+        item = self.inspected[index]
+        image, _ = read_image(self.images[item["row"]])
+        height, width = item["size"]
+        scale = max(height / image.height, width / image.width)
+        covering = max(width, round(image.width * scale)), max(height, round(image.height * scale))
+        image = image.resize(covering, Image.Resampling.LANCZOS)
+        y, x = round(top * (image.height - height)), round(left * (image.width - width))
+        image = image.crop((x, y, x + width, y + height))
+        return torch.from_numpy(np.array(ImageOps.mirror(image) if flip else image)).permute(2, 0, 1).contiguous()
+
+    def crop(self, index):
+        """The one crop of an image whose latents are cached, as fractions of the room there is."""
+        if self.args.center_crop:
+            return 0.5, 0.5
+        seed = derive_seed("crop", self.args.seed, self.inspected[index]["digest"])
+        return torch.rand(2, generator=torch.Generator().manual_seed(seed)).tolist()
+
+    def latents_path(self, index, flip):
+        item, encoder = self.inspected[index], self.encoders["vae"]
+        return cache_path(self.args, "latents", item["digest"], item["size"], self.crop(index), flip, encoder)
+
+    def embeds_path(self, caption):
+        return cache_path(self.args, "prompt_embeds", caption, self.encoders["text"])
+
+    def load_for_cache(self, item):
+        path, (index, flip) = item
+        return path, self.pixels(index, *self.crop(index), flip)
+
+    def caption(self, index):
+        return self.captions[self.inspected[index]["row"]] or ""
+
+    def __getitem__(self, key):
+        index, position = key
+        seed = derive_seed("sample", self.args.seed, position)
+        top, left, flip, drop = torch.rand(4, generator=torch.Generator().manual_seed(seed)).tolist()
+        flip = self.args.random_flip and flip < 0.5
+        sample = {
+            "seed": derive_seed("noise", self.args.seed, position),
+            "drop": drop < self.args.cond_dropout_rate,
+            "name": self.inspected[index]["name"],
+        }
+        if self.args.cache_latents:
+            sample.update(load_file(self.latents_path(index, flip)))
+        else:
+            sample["pixels"] = self.pixels(index, *((0.5, 0.5) if self.args.center_crop else (top, left)), flip)
+        if self.args.cache_prompt_embeds:
+            sample.update(load_file(self.embeds_path(self.caption(index))))
+        else:
+            sample["caption"] = self.caption(index)
+        return sample
+
+
+def collate(samples):
+    """Stack the tensors of a batch of one image size; keep everything else as lists."""
+    batch = {key: [sample[key] for sample in samples] for key in samples[0]}
+    batch["drop"] = torch.tensor(batch["drop"])
+    return {k: torch.stack(v) if isinstance(v, list) and torch.is_tensor(v[0]) else v for k, v in batch.items()}
+
+
+class BucketBatchSampler:
+    """
+    Endless batches of `(index, position)`, each of one image size, the same sequence on any number of processes.
+
+    Every bucket is an endless stream of shuffled passes, cut into full batches, so nothing is dropped or repeated:
+    what does not fill a batch at the end of an epoch opens the bucket's next one. An epoch takes from each bucket the
+    batches that end in it, in an order shuffled over the buckets; with one bucket the order is the stream itself.
+
+    Args:
+        sizes (`list[tuple[int, int]]`): Training size of each sample.
+        batch_size (`int`): Samples per batch.
+        seed (`int`): Of all shuffles.
+        start (`int`): Batches, over all processes, that the run has already used.
+        process_index, num_processes (`int`): This process takes every `num_processes`-th batch.
+    """
+
+    def __init__(self, sizes, batch_size, seed, start=0, process_index=0, num_processes=1):
+        self.buckets = [[i for i, s in enumerate(sizes) if s == size] for size in sorted(set(sizes))]
+        self.batch_size, self.seed, self.start = batch_size, seed, start
+        self.process_index, self.num_processes = process_index, num_processes
+        self.order = functools.lru_cache(maxsize=2 * len(self.buckets))(self.order)  # a batch may span two passes
+
+    def order(self, bucket, epoch):
+        """The bucket's samples in the order of its pass number `epoch`."""
+        return self.shuffled(self.buckets[bucket], "order", bucket, epoch)
+
+    def shuffled(self, items, *what):
+        generator = torch.Generator().manual_seed(derive_seed(self.seed, *what))
+        return [items[i] for i in torch.randperm(len(items), generator=generator)]
+
+    def __iter__(self):
+        batch_index = 0
+        for epoch in itertools.count():
+            batches = [
+                (bucket, number)
+                for bucket, members in enumerate(self.buckets)
+                for number in range(
+                    epoch * len(members) // self.batch_size, (epoch + 1) * len(members) // self.batch_size
+                )
+            ]
+            if len(self.buckets) > 1:
+                batches = self.shuffled(batches, "batches", epoch)
+            for bucket, number in batches:
+                mine = (batch_index - self.start) % self.num_processes == self.process_index
+                if batch_index >= self.start and mine:
+                    yield [self.visit(bucket, number, batch_index, i) for i in range(self.batch_size)]
+                batch_index += 1
+
+    def visit(self, bucket, number, batch_index, i):
+        epoch, place = divmod(number * self.batch_size + i, len(self.buckets[bucket]))
+        return self.order(bucket, epoch)[place], batch_index * self.batch_size + i
+
+
+def make_dataloader(args, accelerator, images, first_step):
+    """The batches of this process from optimizer step `first_step` on, without end."""
+    sampler = BucketBatchSampler(
+        [item["size"] for item in images.inspected],
+        args.train_batch_size,
+        args.seed,
+        start=first_step * args.gradient_accumulation_steps * accelerator.num_processes,
+        process_index=accelerator.process_index,
+        num_processes=accelerator.num_processes,
+    )
+    return torch.utils.data.DataLoader(
+        images,
+        batch_sampler=sampler,
+        collate_fn=collate,
+        num_workers=args.dataloader_num_workers,
+        pin_memory=accelerator.device.type == "cuda",
+    )
+
+
+def cache_path(args, kind, *content):
+    """File of a cached tensor: its name is a digest of all that the tensor depends on, so it cannot be stale."""
+    key = hashlib.sha256(json.dumps(content).encode()).hexdigest()
+    return os.path.join(args.cache_dir, kind, key[:2], f"{key}.safetensors")
+
+
+def digest_encoders(args, folder, weight_dtype):
+    """What the cached tensors depend on besides the samples: the encoders' files, the length and the number format."""
+
+    def digest(*components):
+        paths = [path for name in components for path in sorted(Path(folder, name).rglob("*")) if path.is_file()]
+        digests = []
+        for path in tqdm(paths, desc="Reading the encoders' files", unit="file", leave=False):
+            with open(path, "rb") as file:
+                digests.append([path.name, hashlib.file_digest(file, "sha256").hexdigest()])
+        return digests
+
+    suffixes = ["", "_2"] if args.no_text_encoder_3 else ["", "_2", "_3"]
+    text = digest(*(f"{kind}{suffix}" for kind in ("text_encoder", "tokenizer") for suffix in suffixes))
+    return {"vae": digest("vae"), "text": [text, args.max_sequence_length, str(weight_dtype), args.no_text_encoder_3]}
+
+
+def load_encoders(args, folder, weight_dtype, joint_attention_dim, tokenizers_only=False):
+    """
+    The pipeline with its tokenizers and text encoders, on the CPU, and without its transformer and VAE.
+
+    Args:
+        joint_attention_dim (`int`): Width of the zeros that `encode_prompt` puts in place of a missing T5 encoder.
+    """
+    missing = dict.fromkeys(["transformer", "vae"])
+    if args.no_text_encoder_3:
+        missing |= dict.fromkeys(["text_encoder_3", "tokenizer_3"])
+    if tokenizers_only:
+        missing |= dict.fromkeys(["text_encoder", "text_encoder_2", "text_encoder_3"])
+    pipeline = StableDiffusion3Pipeline.from_pretrained(
+        folder, variant=args.variant, dtype=weight_dtype, use_safetensors=True, **missing
+    )
+    # `encode_prompt` asks the transformer for nothing but this width.
+    pipeline.transformer = SimpleNamespace(config=SimpleNamespace(joint_attention_dim=joint_attention_dim))
+    return pipeline
+
+
+def text_encoders(pipeline):
+    return [e for e in (pipeline.text_encoder, pipeline.text_encoder_2, pipeline.text_encoder_3) if e is not None]
+
+
+@torch.no_grad()
+def encode_prompts(args, pipeline, prompts, device):
+    """
+    Embed prompts as the pipeline does when it generates.
+
+    Returns:
+        `dict`: `prompt_embeds` `(B, tokens, joint_attention_dim)` and `pooled_prompt_embeds` `(B, pooled_dim)`.
+    """
+    with offload_models(*text_encoders(pipeline), device=device):
+        prompt_embeds, _, pooled_prompt_embeds, _ = pipeline.encode_prompt(
+            prompts,
+            prompts,
+            prompts,
+            device=device,
+            do_classifier_free_guidance=False,
+            max_sequence_length=args.max_sequence_length,
+        )
+    return {"prompt_embeds": prompt_embeds, "pooled_prompt_embeds": pooled_prompt_embeds}
+
+
+@torch.no_grad()
+def encode_images(vae, pixels, device):
+    """
+    Encode images to the moments of their latent distribution.
+
+    Args:
+        pixels (`torch.Tensor` of shape `(B, 3, H, W)`): uint8.
+
+    Returns:
+        `torch.Tensor` of shape `(B, 2 * C, H / 8, W / 8)`, float32: mean and log-variance.
+    """
+    with offload_models(vae, device=device):
+        return vae.encode(pixels.to(device, non_blocking=True) / 127.5 - 1).latent_dist.parameters
+
+
+def encode_latents(vae, moments, generators):
+    """Draw latents from `moments` (see [`encode_images`]) and scale them to the units of the transformer."""
+    distribution = DiagonalGaussianDistribution(moments)
+    shape = distribution.mean.shape[1:]
+    noise = draw(lambda generator: torch.randn(shape, generator=generator), generators, moments.device)
+    return (distribution.mean + distribution.std * noise - (vae.config.shift_factor or 0)) * vae.config.scaling_factor
+
+
+def draw(sample, generators, device):
+    """Stack `sample(generator)` of each sample's own CPU generator: the same numbers on every device."""
+    values = torch.stack([sample(generator) for generator in generators])
+    return (values.pin_memory() if device.type == "cuda" else values).to(device, non_blocking=True)
+
+
+def report_truncation(args, folder, model, captions):
+    """Count the captions that are longer than what the text encoders read."""
+    pipeline = load_encoders(args, folder, None, model["joint_attention_dim"], tokenizers_only=True)
+    lengths = {"CLIP": (pipeline.tokenizer, pipeline.tokenizer_max_length)}
+    if pipeline.tokenizer_3 is not None:
+        lengths["T5"] = (pipeline.tokenizer_3, args.max_sequence_length)
+    for name, (tokenizer, length) in lengths.items():
+        truncated = sum(len(tokenizer(caption, verbose=False).input_ids) > length for caption in captions)
+        logger.info(f"{truncated} of {len(captions)} captions are longer than the {length} tokens that {name} reads.")
+
+
+def build_caches(args, accelerator, images, folder, model, vae, weight_dtype, prompts):
+    """
+    Encode what the run needs and the caches do not hold, each process its share; the next run finds it there.
+
+    Args:
+        images (`TrainingImages`): The samples.
+        prompts (`list[str]`): Prompts besides the captions: the empty one and those of the validation.
+
+    Returns:
+        `dict`: the embeddings of each of `prompts`, or `None` without --cache_prompt_embeds.
+    """
+
+    if not (args.cache_latents or args.cache_prompt_embeds):
+        return None
+
+    def plan():
+        latents, embeds = {}, {}
+        if args.cache_latents:
+            flips = [False, True] if args.random_flip else [False]
+            latents = {images.latents_path(i, flip): (i, flip) for i in range(len(images)) for flip in flips}
+        if args.cache_prompt_embeds:
+            captions = [*prompts, *(images.caption(i) for i in range(len(images)))]
+            embeds = {images.embeds_path(caption): caption for caption in captions}
+        missing = [[item for item in paths.items() if not os.path.exists(item[0])] for paths in (latents, embeds)]
+        pixels = sum(math.prod(images.inspected[i]["size"]) for _, (i, _) in missing[0])
+        needed = pixels // model["vae_scale_factor"] ** 2 * 2 * model["latent_channels"] * torch.float32.itemsize
+        needed += len(missing[1]) * model["embeds_size"] * weight_dtype.itemsize
+        free = shutil.disk_usage(args.cache_dir).free
+        logger.info(
+            f"Caches in {args.cache_dir}: {len(missing[0])} of {len(latents)} latents and {len(missing[1])} of "
+            f"{len(embeds)} prompt embeddings are missing and take {needed / 2**30:.2f} GiB."
+        )
+        if needed > free:
+            fail(f"--cache_dir {args.cache_dir}: {needed / 2**30:.1f} GiB to write, {free / 2**30:.1f} GiB free")
+        return missing
+
+    latents, embeds = (
+        missing[accelerator.process_index :: accelerator.num_processes] for missing in run_on_main(accelerator, plan)
+    )
+    progress = functools.partial(tqdm, disable=not accelerator.is_main_process)
+    if latents:
+        loader = torch.utils.data.DataLoader(
+            latents, batch_size=None, collate_fn=images.load_for_cache, num_workers=args.dataloader_num_workers
+        )
+        with offload_models(vae, device=accelerator.device):
+            for path, pixels in progress(loader, desc="Caching latents", unit="image"):
+                save_whole({"moments": encode_images(vae, pixels[None], accelerator.device)[0]}, path)
+    if embeds:
+        pipeline = load_encoders(args, folder, weight_dtype, model["joint_attention_dim"])
+        with offload_models(*text_encoders(pipeline), device=accelerator.device):
+            for path, caption in progress(embeds, desc="Caching prompt embeddings", unit="caption"):
+                encoded = encode_prompts(args, pipeline, [caption], accelerator.device)
+                save_whole({name: tensor[0] for name, tensor in encoded.items()}, path)
+    accelerator.wait_for_everyone()
+    if args.cache_prompt_embeds:
+        return {prompt: load_file(images.embeds_path(prompt)) for prompt in prompts}
+
+
+def save_whole(tensors, path):
+    """Write a safetensors file that is either complete or absent, also when several runs write it at once."""
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    temporary = f"{path}.{uuid.uuid4().hex}"
+    save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, temporary)
+    os.replace(temporary, path)
+
+
+@contextlib.contextmanager
+def averaged_weights(ema, parameters):
+    """Inside the block the model holds the averaged weights, where there is an average."""
+    if ema is None:
+        yield
+        return
+    ema.store(parameters)
+    ema.copy_to(parameters)
+    try:
+        yield
+    finally:
+        ema.restore(parameters)
+
+
+def log_validation(args, accelerator, transformer, vae, folder, embeds, step):
+    """
+    Sample every validation prompt with the transformer that is being trained, the same seeds every time.
+
+    Args:
+        embeds (`dict[str, dict]`): Embeddings of each prompt, and of "", from [`encode_prompts`].
+        step (`int`): Optimizer steps done.
+
+    Returns:
+        `dict[str, list[PIL.Image.Image]]`: the images of each prompt, on every process; also saved as
+        `OUTPUT_DIR/validation/step-N.png`, a row a prompt, and sent to the tracker.
+    """
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler.from_pretrained(folder, subfolder="scheduler")
+    unwrapped = accelerator.unwrap_model(transformer)
+    encoders = [f"{kind}{suffix}" for kind in ("text_encoder", "tokenizer") for suffix in ("", "_2", "_3")]
+    pipeline = StableDiffusion3Pipeline(unwrapped, scheduler, vae, **dict.fromkeys(encoders))
+    pipeline.set_progress_bar_config(disable=True)
+    jobs = [(prompt, i) for prompt in args.validation_prompt for i in range(args.num_validation_images)]
+    done = []
+
+    def inputs(prompt):
+        # float32: the latents take this type, and sampling in bf16 would add its own rounding at every step
+        return {name: tensor[None].to(accelerator.device).float() for name, tensor in embeds[prompt].items()}
+
+    unwrapped.eval()
+    with (
+        offload_models(vae, device=accelerator.device),
+        # Padded, because a sharded transformer needs every process at every forward.
+        accelerator.split_between_processes(jobs, apply_padding=True) as mine,
+    ):
+        for prompt, i in tqdm(mine, desc="Validation", leave=False, disable=not accelerator.is_main_process):
+            image = pipeline(
+                **inputs(prompt),
+                **{f"negative_{name}": tensor for name, tensor in inputs("").items()},
+                height=args.resolution,
+                width=args.resolution,
+                num_inference_steps=args.num_inference_steps,
+                guidance_scale=args.guidance_scale,
+                max_sequence_length=args.max_sequence_length,
+                generator=torch.Generator().manual_seed(args.seed + i),
+            ).images[0]
+            done.append(((prompt, i), image))
+    unwrapped.train()
+    images = dict(gather_object(done))
+    rows = {p: [images[p, i] for i in range(args.num_validation_images)] for p in args.validation_prompt}
+    if accelerator.is_main_process:
+        everything = [images[job] for job in jobs]
+        grid = make_image_grid(everything, rows=len(rows), cols=args.num_validation_images)
+        os.makedirs(os.path.join(args.output_dir, "validation"), exist_ok=True)
+        grid.save(os.path.join(args.output_dir, "validation", f"step-{step}.png"))
+        for tracker in accelerator.trackers:
+            if tracker.name == "tensorboard":
+                tracker.writer.add_images("validation", np.stack(everything), step, dataformats="NHWC")
+            elif tracker.name == "wandb":
+                tracker.log_images({"validation": everything}, step=step)
+    return rows
+
+
+# Arguments that may differ when a run is resumed, because they do not change what is trained.
+FREE_ON_RESUME = """
+    aux_batch_size cache_dir cache_prompt_embeds checkpointing_steps checkpoints_total_limit dataloader_num_workers
+    gradient_accumulation_steps gradient_checkpointing guidance_scale hub_model_id max_train_steps num_inference_steps
+    num_train_epochs num_validation_images offload offload_ema output_dir push_to_hub report_to resume_from_checkpoint
+    skip_final_inference validation_prompt validation_steps
+""".split()
+
+
+PRIVATE_ARGUMENTS = ("hub_token", "command", "buckets")  # a secret, and what `check_args` derives
+
+
+def public_arguments(args):
+    """The command line as a dictionary, without secrets."""
+    return {name: value for name, value in vars(args).items() if name not in PRIVATE_ARGUMENTS}
+
+
+def find_checkpoint(args):
+    """
+    The checkpoint that --resume_from_checkpoint means.
+
+    Returns:
+        `tuple[str, dict]`: its folder and its `trainer_state.json`; `(None, {"step": 0})` to start from the beginning.
+    """
+    wanted = args.resume_from_checkpoint
+    folders = [wanted, os.path.join(args.output_dir, wanted)] if wanted else []
+    if wanted == "latest":
+        folders = sorted(Path(args.output_dir).glob("checkpoint-*"), key=checkpoint_step, reverse=True)
+    for folder in folders:
+        try:
+            state = json.loads(Path(folder, "trainer_state.json").read_text())
+        except (OSError, ValueError) as error:
+            logger.info(f"Skipped {folder}: no complete checkpoint ({error})")
+            continue
+        if state["script"] != Path(__file__).name:
+            fail(f"--resume_from_checkpoint {folder}: written by {state['script']}, not by {Path(__file__).name}")
+        for name, value in public_arguments(args).items():
+            if name not in FREE_ON_RESUME and state["arguments"].get(name) != json.loads(json.dumps(value)):
+                if not (name == "seed" and value is None):  # no --seed: go on with the checkpoint's
+                    before = state["arguments"].get(name)
+                    fail(f"--resume_from_checkpoint {folder}: --{name} was {before} there and is {value} now")
+        return str(folder), state
+    if wanted and wanted != "latest":
+        fail(f"--resume_from_checkpoint {wanted}: no complete checkpoint there or in {args.output_dir}")
+    if wanted:
+        logger.info(f"No checkpoint in {args.output_dir}: starting from the beginning.")
+    return None, {"step": 0}
+
+
+def checkpoint_step(folder):
+    """Optimizer step in the name of a checkpoint folder; -1 in other names, such as that of an unfinished one."""
+    number = Path(folder).name.removeprefix("checkpoint-")
+    return int(number) if number.isdigit() else -1
+
+
+def save_checkpoint(args, accelerator, ema, step):
+    """Write `OUTPUT_DIR/checkpoint-STEP` beside, rename it when it is whole, and only then prune older ones."""
+    folder = os.path.join(args.output_dir, f"checkpoint-{step}")
+    temporary = f"{folder}.unfinished"
+    if accelerator.is_main_process:
+        shutil.rmtree(temporary, ignore_errors=True)
+    accelerator.wait_for_everyone()
+    accelerator.save_state(temporary)
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        if ema is not None:
+            shadow = {str(i): tensor.cpu().contiguous() for i, tensor in enumerate(ema.shadow_params)}
+            save_file(shadow, os.path.join(temporary, "ema.safetensors"), {"step": str(ema.optimization_step)})
+        state = {
+            "script": Path(__file__).name,
+            "step": step,
+            "global_batch_size": args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes,
+            "arguments": public_arguments(args),
+        }
+        Path(temporary, "trainer_state.json").write_text(json.dumps(state, indent=2))
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(temporary, folder)
+        if args.checkpoints_total_limit:
+            whole = [f for f in Path(args.output_dir).glob("checkpoint-*") if checkpoint_step(f) >= 0]
+            for old in sorted(whole, key=checkpoint_step)[: -args.checkpoints_total_limit]:
+                shutil.rmtree(old)
+        logger.info(f"Saved {folder}")
+    accelerator.wait_for_everyone()
+
+
+def load_ema(ema, checkpoint):
+    """Put the state that [`save_checkpoint`] wrote back into `ema`."""
+    with safe_open(os.path.join(checkpoint, "ema.safetensors"), "pt") as file:
+        shadow = [file.get_tensor(str(i)) for i in range(len(ema.shadow_params))]
+        ema.load_state_dict({"shadow_params": shadow, "optimization_step": int(file.metadata()["step"])})
+
+
+def make_optimizer(args, parameters):
+    """AdamW, AdamW with 8-bit state, or Prodigy."""
+    common = {"lr": args.learning_rate, "weight_decay": args.adam_weight_decay, "eps": args.adam_epsilon}
+    common["betas"] = (args.adam_beta1, args.adam_beta2)
+    if args.optimizer == "prodigy":
+        with failing_with("--optimizer prodigy: `pip install prodigyopt`"):
+            from prodigyopt import Prodigy
+        return Prodigy(
+            parameters,
+            **common,
+            beta3=args.prodigy_beta3,
+            decouple=args.prodigy_decouple,
+            use_bias_correction=args.prodigy_use_bias_correction,
+            safeguard_warmup=args.prodigy_safeguard_warmup,
+        )
+    if args.use_8bit_adam:
+        with failing_with("--use_8bit_adam: `pip install bitsandbytes`"):
+            from bitsandbytes.optim import AdamW8bit
+        return AdamW8bit(parameters, **common)
+    return torch.optim.AdamW(parameters, **common)
+
+
+def save_result(args, accelerator, transformer, images):
+    """
+    Write what the run was for: the weights, `training_args.json` and the model card, and upload them if asked to.
+
+    Args:
+        images (`dict[str, list[PIL.Image.Image]]`): Samples of the finished model, from [`log_validation`].
+    """
+    output = Path(args.output_dir)
+    with tempfile.TemporaryDirectory(dir=output) as temporary:
+        usage = save_transformer(accelerator.unwrap_model(transformer), temporary)
+        for part in Path(temporary).iterdir():
+            if (output / part.name).is_dir():
+                shutil.rmtree(output / part.name)
+            os.replace(part, output / part.name)
+    arguments = json.dumps(public_arguments(args), indent=2)
+    (output / "training_args.json").write_text(arguments)
+
+    rows = []
+    for number, (prompt, samples) in enumerate(images.items()):
+        files = {f"samples/{number}-{i}.png": image for i, image in enumerate(samples)}
+        (output / "samples").mkdir(exist_ok=True)
+        for name, image in files.items():
+            image.save(output / name)
+        rows.append(f"{prompt}\n\n" + " ".join(f"![]({name})" for name in files))
+    base, title = args.pretrained_model_name_or_path, args.hub_model_id or output.resolve().name
+    data = ModelCardData(
+        base_model=None if os.path.isdir(base) else base,
+        library_name="diffusers",
+        pipeline_tag="text-to-image",
+        tags=["text-to-image", "diffusers-training", "stable-diffusion-3", *Path(__file__).stem.split("_")[2:]],
+    )
+    card = [
+        f"---\n{data.to_yaml()}\n---",
+        f"# {title}\n\nTrained from `{base}` with `{Path(__file__).name}`.",
+        *rows,
+        "## Use\n\n```python\nimport torch\nfrom diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline\n\n"
+        f"base, result = {base!r}, {title!r}  # `result` may also be a local folder\n{usage}\n"
+        f"image = pipeline({next(iter(images), 'a prompt')!r}).images[0]\n```",
+        f"## Command\n\n```bash\naccelerate launch {args.command}\n```",
+        f"## Settings\n\n```json\n{arguments}\n```\n",
+    ]
+    ModelCard("\n\n".join(card)).save(output / "README.md")
+    logger.info(f"Saved the result and its card in {output}")
+    if args.push_to_hub:
+        api = HfApi(token=args.hub_token)
+        parts = ["README.md", "training_args.json", "samples/*", "transformer/*", "pytorch_lora_weights.safetensors"]
+        with failing_with(f"--push_to_hub {title}: the result is safe in {output}, but not uploaded"):
+            repo = api.create_repo(title, exist_ok=True).repo_id
+            api.upload_folder(repo_id=repo, folder_path=output, allow_patterns=parts, commit_message="End of training")
+
+
+@contextlib.contextmanager
+def gradient_sync(accelerator, transformer, enabled):
+    """
+    Around one forward and its backward: gradients are averaged over the processes only where `enabled`, which is at
+    the last backward of the optimizer step.
+    """
+    accelerator.gradient_state._set_sync_gradients(enabled)  # what `accelerator.accumulate` sets, known by counting
+    with contextlib.nullcontext() if enabled else accelerator.no_sync(transformer):
+        yield
+
+
+def training_losses(args, accelerator, transformer, batch, shift, last):
+    """
+    The flow-matching loss of one batch, one term. The caller runs `backward` on a term before it asks for the next.
+
+    Args:
+        args (`argparse.Namespace`): The command line.
+        accelerator (`accelerate.Accelerator`): For the gradient synchronisation.
+        transformer (`SD3Transformer2DModel`): Prepared by `accelerator`.
+        batch (`dict`): `latents` `(B, C, H, W)`, float32, in scaled latent units; `prompt_embeds` and
+            `pooled_prompt_embeds`, and their `null_` versions, of the empty caption; `generators`, one a sample.
+        shift (`float`): Of the scheduler.
+        last (`bool`): Whether the optimizer steps after this batch.
+
+    Yields:
+        `tuple[torch.Tensor, dict[str, torch.Tensor]]`: a term, and its share of the values to log, detached.
+
+    Source: SD3, arXiv 2403.03206.
+    """
+    latents, generators, device = batch["latents"], batch["generators"], batch["latents"].device
+    n_base = latents.shape[0]
+
+    def unit_noise(generator):
+        return torch.randn(latents.shape[1:], generator=generator)
+
+    def predict_velocity(noisy_latents, sigma, prompt_embeds, pooled_prompt_embeds):
+        return transformer(
+            hidden_states=noisy_latents,
+            timestep=soar_utils.sigma_to_timestep(sigma),
+            encoder_hidden_states=prompt_embeds,
+            pooled_projections=pooled_prompt_embeds,
+            return_dict=False,
+        )[0]
+
+    def sample_losses(velocity, target, sigma):
+        return soar_utils.flow_matching_loss(
+            velocity, target, compute_loss_weighting_for_sd3(args.weighting_scheme, sigma)
+        )
+
+    def sample_u(generator):
+        return compute_density_for_timestep_sampling(
+            args.weighting_scheme, 1, args.logit_mean, args.logit_std, args.mode_scale, generator=generator
+        )[0].clamp(soar_utils.U_MIN, 1)
+
+    # The ideal state: plain flow matching.
+    noise = draw(unit_noise, generators, device)
+    sigma = soar_utils.shift_sigma(draw(sample_u, generators, device), shift)
+    noisy_latents = soar_utils.add_noise(latents, noise, sigma)
+    with gradient_sync(accelerator, transformer, last):
+        velocity = predict_velocity(noisy_latents, sigma, batch["prompt_embeds"], batch["pooled_prompt_embeds"])
+        losses = sample_losses(velocity, noise - latents, sigma)
+        yield losses.sum() / n_base, {"loss_base": losses.detach().mean()}
+
+
+def main(args):
+    # Setup
+    with failing_with("--mixed_precision"):
+        accelerator = Accelerator(
+            mixed_precision=args.mixed_precision,
+            gradient_accumulation_steps=args.gradient_accumulation_steps,
+            log_with=None if args.report_to == "none" else args.report_to,
+            project_config=ProjectConfiguration(args.output_dir, logging_dir=os.path.join(args.output_dir, "logs")),
+            kwargs_handlers=[
+                # SD3.5's position table is a buffer of 0.9 GB that never changes: do not send it at every forward.
+                DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
+                # Others wait while the main process checks the images; a process that dies is ended by its launcher.
+                InitProcessGroupKwargs(timeout=datetime.timedelta(hours=12)),
+            ],
+        )
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S", level=logging.INFO)
+    logging.getLogger("accelerate").setLevel(logging.WARNING)
+    for library in (datasets, diffusers, transformers):
+        library.utils.logging.set_verbosity_error()
+    torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
+    device = accelerator.device
+    weight_dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
+    global_batch_size = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
+    args.cache_dir = args.cache_dir or os.path.join(args.output_dir, "cache")
+
+    # Everything that can be wrong with the input, before any model loads
+    def check_run():
+        with failing_with("--output_dir or --cache_dir cannot be written"):
+            for folder in (args.output_dir, args.cache_dir):
+                os.makedirs(folder, exist_ok=True)
+                tempfile.TemporaryFile(dir=folder).close()
+        checkpoint, state = find_checkpoint(args)
+        if checkpoint and state["global_batch_size"] != global_batch_size:
+            fail(f"{checkpoint}: its global batch was {state['global_batch_size']}, it is {global_batch_size} now")
+        seed = state["arguments"]["seed"] if checkpoint else args.seed
+        return check_model(args), checkpoint, state["step"], random.getrandbits(31) if seed is None else seed
+
+    model, checkpoint, global_step, args.seed = run_on_main(accelerator, check_run)
+    logger.info(f"Seed {args.seed}, {accelerator.num_processes} processes, global batch {global_batch_size}")
+    with accelerator.main_process_first():
+        rows = load_images(args)
+    inspected = run_on_main(accelerator, lambda: inspect_images(args, model, rows))
+    if len(inspected) < global_batch_size:
+        fail(f"{len(inspected)} images are fewer than one global batch of {global_batch_size}")
+    if args.max_train_steps is None:
+        args.max_train_steps = math.ceil(args.num_train_epochs * len(inspected) / global_batch_size)
+
+    # Encoders and caches
+    folder = args.pretrained_model_name_or_path
+    if not os.path.isdir(folder):
+        unused = dict.fromkeys(["text_encoder_3", "tokenizer_3"]) if args.no_text_encoder_3 else {}
+        hub = {"revision": args.revision, "variant": args.variant, "token": args.hub_token}
+        with failing_with(f"--pretrained_model_name_or_path {folder}"), accelerator.main_process_first():
+            folder = StableDiffusion3Pipeline.download(folder, use_safetensors=True, **hub, **unused)
+    encoders = {}
+    if args.cache_latents or args.cache_prompt_embeds:
+        encoders = run_on_main(accelerator, lambda: digest_encoders(args, folder, weight_dtype))
+    images = TrainingImages(args, rows, inspected, encoders)
+    prompts = ["", *args.validation_prompt]
+    with failing_with(f"--pretrained_model_name_or_path {args.pretrained_model_name_or_path}"):
+        captions = [images.caption(i) for i in range(len(images))]
+        run_on_main(accelerator, lambda: report_truncation(args, folder, model, captions))
+        vae = AutoencoderKL.from_pretrained(folder, subfolder="vae", variant=args.variant, use_safetensors=True)
+        vae.requires_grad_(False).eval().to("cpu" if args.cache_latents or args.offload else device)
+        embeds = build_caches(args, accelerator, images, folder, model, vae, weight_dtype, prompts)
+        pipeline = None
+        if embeds is None:
+            pipeline = load_encoders(args, folder, weight_dtype, model["joint_attention_dim"])
+            for encoder in text_encoders(pipeline):
+                encoder.requires_grad_(False).to("cpu" if args.offload else device)
+            embeds = {p: {k: v[0] for k, v in encode_prompts(args, pipeline, [p], device).items()} for p in prompts}
+        null = {f"null_{name}": tensor[None].to(device) for name, tensor in embeds[""].items()}
+
+        # Model and optimizer
+        transformer = load_transformer(args, folder, weight_dtype, checkpoint)
+    if args.gradient_checkpointing:
+        transformer.enable_gradient_checkpointing()
+    transformer.train()
+    parameters = [parameter for parameter in transformer.parameters() if parameter.requires_grad]
+    optimizer = make_optimizer(args, parameters)
+    transformer, optimizer = accelerator.prepare(transformer, optimizer)
+    ema = None
+    if args.use_ema:
+        ema = EMAModel(parameters, decay=args.ema_decay)
+        ema.to("cpu" if args.offload_ema else device)
+
+    def save_only_trained(models, weights, folder):
+        if accelerator.is_main_process:
+            save_transformer(accelerator.unwrap_model(transformer), folder)
+        weights.clear()  # so that accelerate does not write the model once more
+
+    accelerator.register_save_state_pre_hook(save_only_trained)
+    accelerator.register_load_state_pre_hook(lambda models, folder: models.clear())  # loaded by `load_transformer`
+    if checkpoint:
+        accelerator.load_state(checkpoint)
+        if ema is not None:
+            load_ema(ema, checkpoint)
+            ema.to("cpu" if args.offload_ema else device)
+        logger.info(f"Resumed from {checkpoint}")
+    lr_scheduler = get_scheduler(
+        args.lr_scheduler,
+        optimizer.optimizer,
+        step_rules=args.lr_step_rules,
+        num_warmup_steps=args.lr_warmup_steps,
+        num_training_steps=args.max_train_steps,
+        num_cycles=args.lr_num_cycles,
+        power=args.lr_power,
+        last_epoch=global_step - 1,
+    )
+    batches = iter(make_dataloader(args, accelerator, images, global_step))
+    if args.report_to != "none":
+        config = {k: v if isinstance(v, (int, float, str)) else str(v) for k, v in public_arguments(args).items()}
+        accelerator.init_trackers(Path(__file__).stem, config)
+    logger.info(f"{sum(p.numel() for p in parameters):,} trained parameters, {args.max_train_steps} steps")
+
+    def prepare(batch):
+        batch["generators"] = [torch.Generator().manual_seed(seed) for seed in batch["seed"]]
+        torch.manual_seed(batch["seed"][0])  # LoRA dropout: a function of the position in the run, like all else
+        if "moments" in batch:
+            moments = batch["moments"].to(device, non_blocking=True)
+        else:
+            moments = encode_images(vae, batch["pixels"], device)
+        batch["latents"] = encode_latents(vae, moments, batch["generators"])
+        if pipeline is not None:
+            batch.update(encode_prompts(args, pipeline, batch["caption"], device))
+        drop = batch["drop"].to(device, non_blocking=True)
+        for name in ("prompt_embeds", "pooled_prompt_embeds"):
+            embed = batch[name].to(device, non_blocking=True)
+            batch[f"null_{name}"] = null[f"null_{name}"].expand_as(embed)
+            batch[name] = torch.where(drop.view(-1, *[1] * (embed.ndim - 1)), batch[f"null_{name}"], embed)
+        return batch
+
+    # Training
+    progress = tqdm(
+        total=args.max_train_steps,
+        initial=global_step,
+        desc="Training",
+        unit="step",
+        disable=not accelerator.is_main_process,
+    )
+    while global_step < args.max_train_steps:
+        started, logs, names = time.perf_counter(), defaultdict(float), []
+        for micro_step in range(1, args.gradient_accumulation_steps + 1):
+            batch = prepare(next(batches))
+            names += batch["name"]
+            last = micro_step == args.gradient_accumulation_steps
+            for loss, values in training_losses(args, accelerator, transformer, batch, model["shift"], last):
+                accelerator.backward(loss)
+                for name, value in {"loss": loss.detach(), **values}.items():
+                    logs[name] += value / args.gradient_accumulation_steps
+        grad_norm = accelerator.clip_grad_norm_(parameters, args.max_grad_norm)
+        # The one place of the step where the host waits for the device.
+        means = accelerator.reduce(torch.stack([*logs.values(), grad_norm]), "mean").tolist()
+        logs = dict(zip([*logs, "grad_norm"], means, strict=True))
+        if accelerator.scaler is None and not all(map(math.isfinite, means)):
+            saved = sorted(Path(args.output_dir).glob("checkpoint-*"), key=checkpoint_step)
+            fail(
+                f"step {global_step + 1}: the loss or its gradient is not finite ({logs}); nothing was changed. "
+                f"Samples: {', '.join(gather_object(names))}. Last checkpoint: {saved[-1] if saved else 'none'}"
+            )
+        optimizer.step()
+        logs["lr"] = lr_scheduler.get_last_lr()[0]
+        lr_scheduler.step()
+        optimizer.zero_grad()
+        if ema is not None:
+            ema.to(device)
+            ema.step(parameters)
+            ema.to("cpu" if args.offload_ema else device)
+        global_step += 1
+        logs["samples_per_second"] = global_batch_size / (time.perf_counter() - started)
+        accelerator.log(logs, step=global_step)
+        progress.update()
+        progress.set_postfix(loss=logs["loss"], lr=logs["lr"])
+
+        if global_step % args.checkpointing_steps == 0:
+            save_checkpoint(args, accelerator, ema, global_step)
+        if args.validation_prompt and global_step % args.validation_steps == 0 and global_step < args.max_train_steps:
+            with averaged_weights(ema, parameters):
+                log_validation(args, accelerator, transformer, vae, folder, embeds, global_step)
+    progress.close()
+
+    # Result
+    samples = {}
+    with averaged_weights(ema, parameters):
+        if args.validation_prompt and not args.skip_final_inference:
+            samples = log_validation(args, accelerator, transformer, vae, folder, embeds, global_step)
+        run_on_main(accelerator, lambda: save_result(args, accelerator, transformer, samples))
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    main(parse_args())
