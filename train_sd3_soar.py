@@ -2,7 +2,7 @@
 # Copyright 2026 The SOAR for SD3.5 authors.
 # SPDX-License-Identifier: Apache-2.0
 # /// script
-# requires-python = ">=3.10"
+# requires-python = ">=3.11"
 # dependencies = [
 #     "torch>=2.6",
 #     "diffusers>=0.42",
@@ -47,17 +47,20 @@ import os
 import random
 import shlex
 import shutil
+import signal
 import sys
 import tempfile
 import time
 import uuid
 import warnings
 from collections import Counter, defaultdict
+from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 
 import datasets
 import diffusers
+import huggingface_hub
 import numpy as np
 import torch
 import transformers
@@ -79,15 +82,16 @@ from diffusers.training_utils import (
     compute_density_for_timestep_sampling,
     compute_loss_weighting_for_sd3,
     find_nearest_bucket,
+    free_memory,
     generate_aspect_ratio_buckets,
     offload_models,
     parse_buckets_string,
 )
 from diffusers.utils import make_image_grid
-from huggingface_hub import HfApi, ModelCard, ModelCardData
 from PIL import Image, ImageOps
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
+from torch.distributed.tensor import distribute_tensor
 from tqdm.auto import tqdm
 
 import soar_utils
@@ -139,6 +143,7 @@ def parse_args(input_args=None):
     training = parser.add_argument_group("training")
     add = training.add_argument
     add("--output_dir", default="sd3-soar")
+    add("--overwrite_output_dir", action="store_true", help="Delete the result and checkpoints of another run there.")
     add("--seed", type=at_least(0), help="Drawn and logged when absent.")
     add("--train_batch_size", type=at_least(1), default=4, help="Images per process and forward.")
     add("--gradient_accumulation_steps", type=at_least(1), default=1)
@@ -161,6 +166,7 @@ def parse_args(input_args=None):
     add("--prodigy_use_bias_correction", action=argparse.BooleanOptionalAction, default=True)
     add("--prodigy_safeguard_warmup", action=argparse.BooleanOptionalAction, default=True)
     add("--max_grad_norm", type=at_least(0, float), default=1.0)
+    add("--max_skipped_steps", type=at_least(0), default=0, help="Skip up to N steps in a row that are not finite.")
     add("--weighting_scheme", choices=["none", "sigma_sqrt", "logit_normal", "mode", "cosmap"], default="logit_normal")
     add("--logit_mean", type=float, default=0.0, help="Of logit_normal, as in the SD3 paper: positive leans to noise.")
     add("--logit_std", type=at_least(0, float), default=1.0, help="Of logit_normal.")
@@ -281,6 +287,11 @@ def failing_with(what):
         raise SystemExit(f"error: {what}: {' '.join(str(error.__cause__ or error).split())[:500]}") from error
 
 
+def loading(args):
+    """Around the loading of weights: a missing, pickled or broken file ends the run with one line."""
+    return failing_with(f"--pretrained_model_name_or_path {args.pretrained_model_name_or_path} cannot be loaded")
+
+
 def run_on_main(accelerator, function):
     """Call `function` on the main process; every process returns its result, or ends with its error message."""
     outcome = [None, None]
@@ -322,14 +333,19 @@ def load_transformer(args, folder, weight_dtype, checkpoint=None):
     )
 
 
-def save_transformer(transformer, folder):
+def save_transformer(accelerator, transformer, folder):
     """
-    Write the trained weights to `folder/transformer`, in diffusers' format.
+    Write the trained weights to `folder/transformer`, in diffusers' format. Every process must call it.
 
     Returns:
         `str`: the lines of Python, for the model card, that make a pipeline of `base` and the folder `result`.
     """
-    transformer.save_pretrained(os.path.join(folder, "transformer"))
+    state = accelerator.get_state_dict(transformer)  # gathered, where the weights are sharded over the processes
+    if accelerator.is_main_process:
+        folder = os.path.join(folder, "transformer")
+        accelerator.unwrap_model(transformer).save_config(folder)
+        pattern = "diffusion_pytorch_model{suffix}.safetensors"
+        huggingface_hub.save_torch_state_dict(state, folder, filename_pattern=pattern)
     return (
         "dtype = torch.bfloat16\n"
         'transformer = SD3Transformer2DModel.from_pretrained(result, subfolder="transformer", dtype=dtype)\n'
@@ -677,7 +693,14 @@ def make_dataloader(args, accelerator, images, first_step):
         collate_fn=collate,
         num_workers=args.dataloader_num_workers,
         pin_memory=accelerator.device.type == "cuda",
+        worker_init_fn=ignore_signals,
     )
+
+
+def ignore_signals(worker):
+    """Data-loader workers leave signals to their process, which still needs them for the step that it finishes."""
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def cache_path(args, kind, *content):
@@ -714,9 +737,10 @@ def load_encoders(args, folder, weight_dtype, joint_attention_dim, tokenizers_on
         missing |= dict.fromkeys(["text_encoder_3", "tokenizer_3"])
     if tokenizers_only:
         missing |= dict.fromkeys(["text_encoder", "text_encoder_2", "text_encoder_3"])
-    pipeline = StableDiffusion3Pipeline.from_pretrained(
-        folder, variant=args.variant, dtype=weight_dtype, use_safetensors=True, **missing
-    )
+    with loading(args):
+        pipeline = StableDiffusion3Pipeline.from_pretrained(
+            folder, variant=args.variant, dtype=weight_dtype, use_safetensors=True, **missing
+        )
     # `encode_prompt` asks the transformer for nothing but this width.
     pipeline.transformer = SimpleNamespace(config=SimpleNamespace(joint_attention_dim=joint_attention_dim))
     return pipeline
@@ -782,7 +806,10 @@ def report_truncation(args, folder, model, captions):
     if pipeline.tokenizer_3 is not None:
         lengths["T5"] = (pipeline.tokenizer_3, args.max_sequence_length)
     for name, (tokenizer, length) in lengths.items():
-        truncated = sum(len(tokenizer(caption, verbose=False).input_ids) > length for caption in captions)
+        truncated = 0
+        for start in tqdm(range(0, len(captions), 1000), desc=f"Counting {name} tokens", unit="k captions"):
+            tokens = tokenizer(captions[start : start + 1000], verbose=False).input_ids
+            truncated += sum(len(ids) > length for ids in tokens)
         logger.info(f"{truncated} of {len(captions)} captions are longer than the {length} tokens that {name} reads.")
 
 
@@ -866,13 +893,14 @@ def averaged_weights(ema, parameters):
         ema.restore(parameters)
 
 
-def log_validation(args, accelerator, transformer, vae, folder, embeds, step):
+def log_validation(args, accelerator, transformer, vae, folder, embeds, step, signals=()):
     """
     Sample every validation prompt with the transformer that is being trained, the same seeds every time.
 
     Args:
         embeds (`dict[str, dict]`): Embeddings of each prompt, and of "", from [`encode_prompts`].
         step (`int`): Optimizer steps done.
+        signals (`list[int]`): Filled when the run is asked to stop; the sampling then ends, and shows nothing.
 
     Returns:
         `dict[str, list[PIL.Image.Image]]`: the images of each prompt, on every process; also saved as
@@ -890,6 +918,10 @@ def log_validation(args, accelerator, transformer, vae, folder, embeds, step):
         # float32: the latents take this type, and sampling in bf16 would add its own rounding at every step
         return {name: tensor[None].to(accelerator.device).float() for name, tensor in embeds[prompt].items()}
 
+    def stop_sampling(pipeline, step, timestep, tensors):
+        pipeline._interrupt = bool(signals)  # what `pipeline.interrupt` reads at every step
+        return tensors
+
     unwrapped.eval()
     with (
         offload_models(vae, device=accelerator.device),
@@ -906,10 +938,13 @@ def log_validation(args, accelerator, transformer, vae, folder, embeds, step):
                 guidance_scale=args.guidance_scale,
                 max_sequence_length=args.max_sequence_length,
                 generator=torch.Generator().manual_seed(args.seed + i),
+                callback_on_step_end=stop_sampling,
             ).images[0]
-            done.append(((prompt, i), image))
+            done.append(((prompt, i), None if signals else image))
     unwrapped.train()
     images = dict(gather_object(done))
+    if None in images.values():
+        return {}
     rows = {p: [images[p, i] for i in range(args.num_validation_images)] for p in args.validation_prompt}
     if accelerator.is_main_process:
         everything = [images[job] for job in jobs]
@@ -924,16 +959,22 @@ def log_validation(args, accelerator, transformer, vae, folder, embeds, step):
     return rows
 
 
-# Arguments that may differ when a run is resumed, because they do not change what is trained.
+# Arguments that may differ when a run is resumed: they do not change what is trained, or what they name is compared by
+# its content instead.
 FREE_ON_RESUME = """
-    aux_batch_size cache_dir cache_prompt_embeds checkpointing_steps checkpoints_total_limit dataloader_num_workers
-    gradient_accumulation_steps gradient_checkpointing guidance_scale hub_model_id max_train_steps num_inference_steps
-    num_train_epochs num_validation_images offload offload_ema output_dir push_to_hub report_to resume_from_checkpoint
-    skip_final_inference validation_prompt validation_steps
+    aux_batch_size cache_dir cache_prompt_embeds caption_column checkpointing_steps checkpoints_total_limit
+    dataloader_num_workers dataset_config_name dataset_name gradient_accumulation_steps gradient_checkpointing
+    guidance_scale hub_model_id image_column image_dir jsonl_path max_skipped_steps max_train_samples max_train_steps
+    num_inference_steps num_train_epochs num_validation_images offload offload_ema output_dir overwrite_output_dir
+    push_to_hub report_to resume_from_checkpoint skip_bad_images skip_final_inference train_data_dir validation_prompt
+    validation_steps
 """.split()
-
-
 PRIVATE_ARGUMENTS = ("hub_token", "command", "buckets")  # a secret, and what `check_args` derives
+RESULTS = ("transformer", "pytorch_lora_weights.safetensors", "training_args.json", "README.md", "samples")
+STOP_SIGNALS = [signal.SIGTERM, signal.SIGINT]  # what cluster schedulers send, and Ctrl-C
+if hasattr(signal, "SIGUSR1"):  # not on Windows
+    STOP_SIGNALS.append(signal.SIGUSR1)
+EXIT_INTERRUPTED = 75  # a signal ended the run after a checkpoint (EX_TEMPFAIL of sysexits.h: start it again)
 
 
 def public_arguments(args):
@@ -943,34 +984,76 @@ def public_arguments(args):
 
 def find_checkpoint(args):
     """
-    The checkpoint that --resume_from_checkpoint means.
+    The checkpoint that --resume_from_checkpoint means. Without that flag, refuse to write over another run's result.
 
     Returns:
         `tuple[str, dict]`: its folder and its `trainer_state.json`; `(None, {"step": 0})` to start from the beginning.
     """
-    wanted = args.resume_from_checkpoint
-    folders = [wanted, os.path.join(args.output_dir, wanted)] if wanted else []
+    wanted, output = args.resume_from_checkpoint, Path(args.output_dir)
+    old = [path for path in (*(output / name for name in RESULTS), *output.glob("checkpoint-*")) if path.exists()]
+    if not wanted and old and not args.overwrite_output_dir:
+        fail(
+            f"--output_dir {output} holds another run ({', '.join(sorted(path.name for path in old))}): choose a new "
+            "folder, go on with --resume_from_checkpoint latest, or delete it with --overwrite_output_dir"
+        )
+    if not wanted:
+        for path in old:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        return None, {"step": 0}
+    folders = [Path(wanted), output / wanted]
     if wanted == "latest":
-        folders = sorted(Path(args.output_dir).glob("checkpoint-*"), key=checkpoint_step, reverse=True)
+        folders = sorted(output.glob("checkpoint-*"), key=checkpoint_step, reverse=True)
     for folder in folders:
         try:
-            state = json.loads(Path(folder, "trainer_state.json").read_text())
+            if checkpoint_step(folder) < 0:
+                raise ValueError("its writing was interrupted")
+            state = json.loads((folder / "trainer_state.json").read_text())
         except (OSError, ValueError) as error:
-            logger.info(f"Skipped {folder}: no complete checkpoint ({error})")
+            logger.info(f"Skipped {folder}, not a whole checkpoint: {error}")
             continue
         if state["script"] != Path(__file__).name:
             fail(f"--resume_from_checkpoint {folder}: written by {state['script']}, not by {Path(__file__).name}")
-        for name, value in public_arguments(args).items():
-            if name not in FREE_ON_RESUME and state["arguments"].get(name) != json.loads(json.dumps(value)):
-                if not (name == "seed" and value is None):  # no --seed: go on with the checkpoint's
-                    before = state["arguments"].get(name)
-                    fail(f"--resume_from_checkpoint {folder}: --{name} was {before} there and is {value} now")
         return str(folder), state
-    if wanted and wanted != "latest":
-        fail(f"--resume_from_checkpoint {wanted}: no complete checkpoint there or in {args.output_dir}")
-    if wanted:
-        logger.info(f"No checkpoint in {args.output_dir}: starting from the beginning.")
+    if wanted != "latest":
+        fail(f"--resume_from_checkpoint {wanted}: no whole checkpoint there or in {output}")
+    logger.info(f"No checkpoint in {output}: starting from the beginning.")
     return None, {"step": 0}
+
+
+def run_state(args, accelerator, data_digest):
+    """What a checkpoint remembers of its run, to be compared when it is resumed."""
+    return {
+        "script": Path(__file__).name,
+        "global_batch_size": args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes,
+        "data": data_digest,
+        "arguments": json.loads(json.dumps(public_arguments(args))),
+        "versions": {name: version(name) for name in ("accelerate", "diffusers", "torch", "transformers")},
+    }
+
+
+def check_resume(checkpoint, before, now):
+    """
+    End with an error where a difference from the checkpoint's run changes the result; note the others.
+
+    Args:
+        checkpoint (`str`): Its folder.
+        before (`dict`): Its `trainer_state.json`.
+        now (`dict`): From [`run_state`].
+    """
+    old, new = before["arguments"], now["arguments"]
+    differences = {f"--{name}": (old.get(name), new[name]) for name in new if old.get(name) != new[name]}
+    differences |= {key: (before[key], now[key]) for key in ("global_batch_size", "data") if before[key] != now[key]}
+    versions = before["versions"]
+    differences |= {k: (versions.get(k), v) for k, v in now["versions"].items() if versions.get(k) != v}
+    free = {f"--{name}" for name in FREE_ON_RESUME} | set(now["versions"])
+    if new["lr_scheduler"] not in ("constant", "constant_with_warmup", "piecewise_constant"):
+        free -= {"--max_train_steps"}  # the schedule ends there
+    for name, (was, value) in differences.items():
+        if name not in free:
+            fail(f"--resume_from_checkpoint {checkpoint}: {name} was {was} there and is {value} now")
+    if differences:
+        notes = (f"{name} {was} -> {value}" for name, (was, value) in differences.items())
+        logger.info(f"Resuming with changes that do not change the result: {', '.join(notes)}")
 
 
 def checkpoint_step(folder):
@@ -979,41 +1062,61 @@ def checkpoint_step(folder):
     return int(number) if number.isdigit() else -1
 
 
-def save_checkpoint(args, accelerator, ema, step):
-    """Write `OUTPUT_DIR/checkpoint-STEP` beside, rename it when it is whole, and only then prune older ones."""
-    folder = os.path.join(args.output_dir, f"checkpoint-{step}")
-    temporary = f"{folder}.unfinished"
+def save_checkpoint(args, accelerator, ema, state):
+    """
+    Write `OUTPUT_DIR/checkpoint-STEP` beside, rename it when all of it is on the disk, and only then prune older ones.
+
+    Args:
+        state (`dict`): From [`run_state`], with `step`, the optimizer steps done.
+    """
+    folder = Path(args.output_dir, f"checkpoint-{state['step']}")
+    unfinished = Path(f"{folder}.unfinished")
     if accelerator.is_main_process:
-        shutil.rmtree(temporary, ignore_errors=True)
+        for leftover in Path(args.output_dir).glob("checkpoint-*.unfinished"):
+            shutil.rmtree(leftover)
     accelerator.wait_for_everyone()
-    accelerator.save_state(temporary)
-    accelerator.wait_for_everyone()
+    try:
+        accelerator.save_state(unfinished)
+        shadow = {str(i): full_tensor(tensor) for i, tensor in enumerate(ema.shadow_params)} if ema else {}
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            if ema is not None:
+                save_file(shadow, unfinished / "ema.safetensors", {"step": str(ema.optimization_step)})
+            (unfinished / "trainer_state.json").write_text(json.dumps(state, indent=2))
+            for path in [*unfinished.rglob("*"), unfinished]:
+                descriptor = os.open(path, os.O_RDONLY)
+                os.fsync(descriptor)
+                os.close(descriptor)
+    except (OSError, RuntimeError, SafetensorError) as error:  # PyTorch and safetensors report a full disk as theirs
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise SystemExit(f"error: {folder} could not be written ({error}); older checkpoints are whole") from error
     if accelerator.is_main_process:
-        if ema is not None:
-            shadow = {str(i): tensor.cpu().contiguous() for i, tensor in enumerate(ema.shadow_params)}
-            save_file(shadow, os.path.join(temporary, "ema.safetensors"), {"step": str(ema.optimization_step)})
-        state = {
-            "script": Path(__file__).name,
-            "step": step,
-            "global_batch_size": args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes,
-            "arguments": public_arguments(args),
-        }
-        Path(temporary, "trainer_state.json").write_text(json.dumps(state, indent=2))
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(temporary, folder)
+        if folder.exists():  # a resumed run comes by here again
+            os.replace(folder, f"{folder}.replaced.unfinished")
+        os.replace(unfinished, folder)
+        shutil.rmtree(f"{folder}.replaced.unfinished", ignore_errors=True)
         if args.checkpoints_total_limit:
-            whole = [f for f in Path(args.output_dir).glob("checkpoint-*") if checkpoint_step(f) >= 0]
+            whole = [path for path in Path(args.output_dir).glob("checkpoint-*") if checkpoint_step(path) >= 0]
             for old in sorted(whole, key=checkpoint_step)[: -args.checkpoints_total_limit]:
                 shutil.rmtree(old)
         logger.info(f"Saved {folder}")
     accelerator.wait_for_everyone()
 
 
+def full_tensor(tensor):
+    """A copy of a tensor on the CPU, gathered if it is sharded over the processes."""
+    return (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).cpu().contiguous()
+
+
 def load_ema(ema, checkpoint):
     """Put the state that [`save_checkpoint`] wrote back into `ema`."""
     with safe_open(os.path.join(checkpoint, "ema.safetensors"), "pt") as file:
-        shadow = [file.get_tensor(str(i)) for i in range(len(ema.shadow_params))]
-        ema.load_state_dict({"shadow_params": shadow, "optimization_step": int(file.metadata()["step"])})
+        for i, shadow in enumerate(ema.shadow_params):
+            tensor = file.get_tensor(str(i))
+            if hasattr(shadow, "device_mesh"):  # sharded over the processes
+                tensor = distribute_tensor(tensor.to(shadow.device), shadow.device_mesh, shadow.placements)
+            shadow.copy_(tensor)
+        ema.optimization_step = int(file.metadata()["step"])
 
 
 def make_optimizer(args, parameters):
@@ -1046,12 +1149,15 @@ def save_result(args, accelerator, transformer, images):
         images (`dict[str, list[PIL.Image.Image]]`): Samples of the finished model, from [`log_validation`].
     """
     output = Path(args.output_dir)
-    with tempfile.TemporaryDirectory(dir=output) as temporary:
-        usage = save_transformer(accelerator.unwrap_model(transformer), temporary)
-        for part in Path(temporary).iterdir():
-            if (output / part.name).is_dir():
-                shutil.rmtree(output / part.name)
-            os.replace(part, output / part.name)
+    unfinished = output / "result.unfinished"
+    usage = save_transformer(accelerator, transformer, unfinished)
+    if not accelerator.is_main_process:
+        return
+    for part in unfinished.iterdir():
+        if (output / part.name).is_dir():
+            shutil.rmtree(output / part.name)
+        os.replace(part, output / part.name)
+    unfinished.rmdir()
     arguments = json.dumps(public_arguments(args), indent=2)
     (output / "training_args.json").write_text(arguments)
 
@@ -1063,7 +1169,7 @@ def save_result(args, accelerator, transformer, images):
             image.save(output / name)
         rows.append(f"{prompt}\n\n" + " ".join(f"![]({name})" for name in files))
     base, title = args.pretrained_model_name_or_path, args.hub_model_id or output.resolve().name
-    data = ModelCardData(
+    data = huggingface_hub.ModelCardData(
         base_model=None if os.path.isdir(base) else base,
         library_name="diffusers",
         pipeline_tag="text-to-image",
@@ -1079,10 +1185,10 @@ def save_result(args, accelerator, transformer, images):
         f"## Command\n\n```bash\naccelerate launch {args.command}\n```",
         f"## Settings\n\n```json\n{arguments}\n```\n",
     ]
-    ModelCard("\n\n".join(card)).save(output / "README.md")
+    huggingface_hub.ModelCard("\n\n".join(card)).save(output / "README.md")
     logger.info(f"Saved the result and its card in {output}")
     if args.push_to_hub:
-        api = HfApi(token=args.hub_token)
+        api = huggingface_hub.HfApi(token=args.hub_token)
         parts = ["README.md", "training_args.json", "samples/*", "transformer/*", "pytorch_lora_weights.safetensors"]
         with failing_with(f"--push_to_hub {title}: the result is safe in {output}, but not uploaded"):
             repo = api.create_repo(title, exist_ok=True).repo_id
@@ -1231,13 +1337,14 @@ def main(args):
             for folder in (args.output_dir, args.cache_dir):
                 os.makedirs(folder, exist_ok=True)
                 tempfile.TemporaryFile(dir=folder).close()
-        checkpoint, state = find_checkpoint(args)
-        if checkpoint and state["global_batch_size"] != global_batch_size:
-            fail(f"{checkpoint}: its global batch was {state['global_batch_size']}, it is {global_batch_size} now")
-        seed = state["arguments"]["seed"] if checkpoint else args.seed
-        return check_model(args), checkpoint, state["step"], random.getrandbits(31) if seed is None else seed
+        model = check_model(args)
+        checkpoint, before = find_checkpoint(args)
+        if args.seed is None:
+            args.seed = before["arguments"]["seed"] if checkpoint else random.getrandbits(31)
+        return model, checkpoint, before, args.seed
 
-    model, checkpoint, global_step, args.seed = run_on_main(accelerator, check_run)
+    model, checkpoint, before, args.seed = run_on_main(accelerator, check_run)
+    global_step, skipped_steps = before["step"], before.get("skipped_steps", 0)
     logger.info(f"Seed {args.seed}, {accelerator.num_processes} processes, global batch {global_batch_size}")
     with accelerator.main_process_first():
         rows = load_images(args)
@@ -1246,34 +1353,39 @@ def main(args):
         fail(f"{len(inspected)} images are fewer than one global batch of {global_batch_size}")
     if args.max_train_steps is None:
         args.max_train_steps = math.ceil(args.num_train_epochs * len(inspected) / global_batch_size)
+    captions = [rows["caption"][item["row"]] or "" for item in inspected]
+    contents = [[item["digest"], item["size"], caption] for item, caption in zip(inspected, captions, strict=True)]
+    state = run_state(args, accelerator, hashlib.sha256(json.dumps(contents).encode()).hexdigest())
+    if checkpoint:
+        run_on_main(accelerator, lambda: check_resume(checkpoint, before, state))
 
     # Encoders and caches
     folder = args.pretrained_model_name_or_path
     if not os.path.isdir(folder):
         unused = dict.fromkeys(["text_encoder_3", "tokenizer_3"]) if args.no_text_encoder_3 else {}
         hub = {"revision": args.revision, "variant": args.variant, "token": args.hub_token}
-        with failing_with(f"--pretrained_model_name_or_path {folder}"), accelerator.main_process_first():
+        with loading(args), accelerator.main_process_first():
             folder = StableDiffusion3Pipeline.download(folder, use_safetensors=True, **hub, **unused)
     encoders = {}
     if args.cache_latents or args.cache_prompt_embeds:
         encoders = run_on_main(accelerator, lambda: digest_encoders(args, folder, weight_dtype))
     images = TrainingImages(args, rows, inspected, encoders)
     prompts = ["", *args.validation_prompt]
-    with failing_with(f"--pretrained_model_name_or_path {args.pretrained_model_name_or_path}"):
-        captions = [images.caption(i) for i in range(len(images))]
-        run_on_main(accelerator, lambda: report_truncation(args, folder, model, captions))
+    run_on_main(accelerator, lambda: report_truncation(args, folder, model, captions))
+    with loading(args):
         vae = AutoencoderKL.from_pretrained(folder, subfolder="vae", variant=args.variant, use_safetensors=True)
-        vae.requires_grad_(False).eval().to("cpu" if args.cache_latents or args.offload else device)
-        embeds = build_caches(args, accelerator, images, folder, model, vae, weight_dtype, prompts)
-        pipeline = None
-        if embeds is None:
-            pipeline = load_encoders(args, folder, weight_dtype, model["joint_attention_dim"])
-            for encoder in text_encoders(pipeline):
-                encoder.requires_grad_(False).to("cpu" if args.offload else device)
-            embeds = {p: {k: v[0] for k, v in encode_prompts(args, pipeline, [p], device).items()} for p in prompts}
-        null = {f"null_{name}": tensor[None].to(device) for name, tensor in embeds[""].items()}
+    vae.requires_grad_(False).eval().to("cpu" if args.cache_latents or args.offload else device)
+    embeds, pipeline = build_caches(args, accelerator, images, folder, model, vae, weight_dtype, prompts), None
+    if embeds is None:
+        pipeline = load_encoders(args, folder, weight_dtype, model["joint_attention_dim"])
+        for encoder in text_encoders(pipeline):
+            encoder.requires_grad_(False).to("cpu" if args.offload else device)
+        embeds = {p: {k: v[0] for k, v in encode_prompts(args, pipeline, [p], device).items()} for p in prompts}
+    null = {f"null_{name}": tensor[None].to(device) for name, tensor in embeds[""].items()}
+    free_memory()
 
-        # Model and optimizer
+    # Model and optimizer
+    with loading(args):
         transformer = load_transformer(args, folder, weight_dtype, checkpoint)
     if args.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
@@ -1281,14 +1393,14 @@ def main(args):
     parameters = [parameter for parameter in transformer.parameters() if parameter.requires_grad]
     optimizer = make_optimizer(args, parameters)
     transformer, optimizer = accelerator.prepare(transformer, optimizer)
+    parameters = [parameter for parameter in transformer.parameters() if parameter.requires_grad]  # sharded by now
     ema = None
     if args.use_ema:
         ema = EMAModel(parameters, decay=args.ema_decay)
         ema.to("cpu" if args.offload_ema else device)
 
     def save_only_trained(models, weights, folder):
-        if accelerator.is_main_process:
-            save_transformer(accelerator.unwrap_model(transformer), folder)
+        save_transformer(accelerator, transformer, folder)
         weights.clear()  # so that accelerate does not write the model once more
 
     accelerator.register_save_state_pre_hook(save_only_trained)
@@ -1333,6 +1445,16 @@ def main(args):
         return batch
 
     # Training
+    signals = []
+
+    def stop_soon(number, frame):
+        if signals:  # asked twice: end at once
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        signals.append(number)
+
+    for number in STOP_SIGNALS:
+        signal.signal(number, stop_soon)
     progress = tqdm(
         total=args.max_train_steps,
         initial=global_step,
@@ -1351,44 +1473,60 @@ def main(args):
                 for name, value in {"loss": loss.detach(), **values}.items():
                     logs[name] += value / args.gradient_accumulation_steps
         grad_norm = accelerator.clip_grad_norm_(parameters, args.max_grad_norm)
-        # The one place of the step where the host waits for the device.
-        means = accelerator.reduce(torch.stack([*logs.values(), grad_norm]), "mean").tolist()
-        logs = dict(zip([*logs, "grad_norm"], means, strict=True))
+        logs["grad_norm"] = grad_norm.full_tensor() if hasattr(grad_norm, "full_tensor") else grad_norm  # FSDP2
+        # The one place of the step where the host waits for the device; a signal to one process stops all.
+        values = torch.stack([*logs.values(), torch.tensor(float(len(signals)), device=device)])
+        *means, stopping = accelerator.reduce(values, "mean").tolist()
+        logs = dict(zip(logs, means, strict=True))
         if accelerator.scaler is None and not all(map(math.isfinite, means)):
-            saved = sorted(Path(args.output_dir).glob("checkpoint-*"), key=checkpoint_step)
-            fail(
-                f"step {global_step + 1}: the loss or its gradient is not finite ({logs}); nothing was changed. "
-                f"Samples: {', '.join(gather_object(names))}. Last checkpoint: {saved[-1] if saved else 'none'}"
-            )
-        optimizer.step()
-        logs["lr"] = lr_scheduler.get_last_lr()[0]
+            skipped_steps += 1
+            what = f"step {global_step + 1}: not finite ({logs}); samples {', '.join(gather_object(names))}"
+            if skipped_steps > args.max_skipped_steps:
+                saved = sorted(Path(args.output_dir).glob("checkpoint-*"), key=checkpoint_step)
+                fail(f"{what}. The step was not taken. Last checkpoint: {saved[-1] if saved else 'none'}")
+            logger.warning(f"Skipped {what}")
+        else:
+            skipped_steps = 0
+            optimizer.step()
+            if ema is not None:
+                ema.to(device)
+                ema.step(parameters)
+                ema.to("cpu" if args.offload_ema else device)
+        logs |= {"lr": lr_scheduler.get_last_lr()[0], "skipped_steps": skipped_steps}
         lr_scheduler.step()
         optimizer.zero_grad()
-        if ema is not None:
-            ema.to(device)
-            ema.step(parameters)
-            ema.to("cpu" if args.offload_ema else device)
         global_step += 1
+        state |= {"step": global_step, "skipped_steps": skipped_steps}
         logs["samples_per_second"] = global_batch_size / (time.perf_counter() - started)
         accelerator.log(logs, step=global_step)
         progress.update()
         progress.set_postfix(loss=logs["loss"], lr=logs["lr"])
 
-        if global_step % args.checkpointing_steps == 0:
-            save_checkpoint(args, accelerator, ema, global_step)
+        if global_step % args.checkpointing_steps == 0 or stopping:
+            save_checkpoint(args, accelerator, ema, state)
+        if stopping:
+            accelerator.end_training()
+            logger.info(f"Stopped by a signal after step {global_step}; --resume_from_checkpoint latest goes on.")
+            sys.exit(EXIT_INTERRUPTED)
         if args.validation_prompt and global_step % args.validation_steps == 0 and global_step < args.max_train_steps:
             with averaged_weights(ema, parameters):
-                log_validation(args, accelerator, transformer, vae, folder, embeds, global_step)
+                log_validation(args, accelerator, transformer, vae, folder, embeds, global_step, signals)
     progress.close()
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_DFL)
 
     # Result
     samples = {}
     with averaged_weights(ema, parameters):
         if args.validation_prompt and not args.skip_final_inference:
             samples = log_validation(args, accelerator, transformer, vae, folder, embeds, global_step)
-        run_on_main(accelerator, lambda: save_result(args, accelerator, transformer, samples))
+        save_result(args, accelerator, transformer, samples)
+    accelerator.wait_for_everyone()
     accelerator.end_training()
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    try:
+        main(parse_args())
+    except KeyboardInterrupt:
+        sys.exit("error: interrupted before the training began")

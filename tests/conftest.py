@@ -40,14 +40,20 @@ def pipeline(tmp_path_factory):
 @pytest.fixture(scope="session")
 def photos(tmp_path_factory):
     """An image folder of eight photographs of different sizes and modes, with `metadata.jsonl`."""
+    folder = tmp_path_factory.mktemp("photos")
+    write_photos(folder)
+    return folder
+
+
+def write_photos(folder):
+    """Write the photographs that scikit-image ships, and their captions."""
     from skimage import data
 
-    folder = tmp_path_factory.mktemp("photos")
+    folder.mkdir(exist_ok=True)
     with open(folder / "metadata.jsonl", "w") as metadata:
         for name, caption in PHOTOS.items():
             Image.fromarray(getattr(data, name)()).save(folder / f"{name}.png")
             metadata.write(json.dumps({"file_name": f"{name}.png", "text": caption}) + "\n")
-    return folder
 
 
 @pytest.fixture
@@ -103,4 +109,5 @@ def equal(one, other):
 
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads do not survive a fork
 torch.set_num_threads(1)

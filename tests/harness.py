@@ -1,0 +1,158 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+Runs that can be killed: each is a process of its own, forked from one that has imported the script already, so that a
+start takes half a second and a kill is a real one.
+"""
+
+import contextlib
+import importlib
+import multiprocessing
+import os
+import random
+import signal
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from accelerate.state import AcceleratorState, GradientState
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+
+COMMON = """--resolution 32 --max_sequence_length 16 --train_batch_size 2 --max_train_steps 8 --checkpointing_steps 2
+    --learning_rate 1e-3 --seed 0 --validation_prompt cat --validation_steps 3 --num_validation_images 1
+    --num_inference_steps 2 --resume_from_checkpoint latest""".split()
+
+# What a run may be made of; between them the cases hold every kind of state that a checkpoint has to carry.
+CASES = {
+    "SFT, EMA, cosine, accumulation": (
+        "train_sd3_sft",
+        "--use_ema --lr_scheduler cosine --lr_warmup_steps 2 --gradient_accumulation_steps 2 --random_flip",
+    ),
+    "SFT, Prodigy, caches, dropout": (
+        "train_sd3_sft",
+        "--optimizer prodigy --learning_rate 1 --cache_latents --cache_prompt_embeds --cond_dropout_rate 0.3",
+    ),
+    "SOAR, 8-bit Adam, 1 worker": (
+        "train_sd3_soar",
+        "--use_8bit_adam --dataloader_num_workers 1 --lr_scheduler linear",
+    ),
+    "SOAR, SDE paths, buckets, flips": (
+        "train_sd3_soar",
+        "--num_rollout_paths 2 --trajectory_length 2 --use_aspect_ratio_buckets --random_flip --cond_dropout_rate 0.3",
+    ),
+    "SOAR, EMA, 4 workers, bf16": (
+        "train_sd3_soar",
+        "--use_ema --offload_ema --dataloader_num_workers 4 --mixed_precision bf16 --trajectory_length 2",
+    ),
+    "LoRA, dropout, polynomial": (
+        "train_sd3_soar_lora",
+        "--lora_dropout 0.2 --lr_scheduler polynomial --gradient_checkpointing --checkpoints_total_limit 1",
+    ),
+    "DoRA, EMA, caches, restarts": (
+        "train_sd3_soar_lora",
+        "--use_dora --use_ema --cache_latents --cache_prompt_embeds --center_crop --random_flip --trajectory_length 2 "
+        "--lr_scheduler cosine_with_restarts --lr_num_cycles 2",
+    ),
+}
+
+
+def start(script, arguments, log):
+    """Fork a process that runs `script` with `arguments`, its output in the file `log`."""
+
+    def target():
+        descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(descriptor, 1)
+        os.dup2(descriptor, 2)
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
+        module = importlib.import_module(script)
+        module.main(module.parse_args([str(a) for a in arguments]))
+
+    importlib.import_module(script)
+    process = multiprocessing.get_context("fork").Process(target=target)
+    process.start()
+    return process
+
+
+def finish(process, log, code=0):
+    """Wait for a run to end with exit code `code`."""
+    process.join(300)
+    assert process.exitcode == code, f"exit code {process.exitcode}:\n{Path(log).read_text()[-3000:]}"
+
+
+def weights(folder):
+    folder = Path(folder)
+    files = [folder / "pytorch_lora_weights.safetensors", folder / "transformer/diffusion_pytorch_model.safetensors"]
+    return load_file(next(file for file in files if file.exists()))
+
+
+def identical(one, other):
+    one, other = weights(one), weights(other)
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def losses(folder):
+    """The loss of every optimizer step, the last value where a restart logged a step again."""
+    values = {}
+    files = sorted(Path(folder).glob("logs/*/events*"), key=lambda file: file.stat().st_mtime)
+    for file in files:
+        events = EventAccumulator(str(file)).Reload()
+        if "loss" in events.Tags()["scalars"]:
+            values |= {event.step: event.value for event in events.Scalars("loss")}
+    return values
+
+
+@dataclass
+class Outcome:
+    kills: int = 0
+    resumed: int = 0
+    identical: bool = False
+    same_losses: bool = False
+    moments: list = field(default_factory=list)
+
+
+def torture(case, folder, model, photos, kills, rng):
+    """
+    Run a case whole, then again with `kills` kills at random moments of its duration, and compare.
+
+    Returns:
+        [`Outcome`]: whether the weights are bit-identical and every logged loss is the same.
+    """
+    script, extra = CASES[case]
+    arguments = ["--pretrained_model_name_or_path", model, "--train_data_dir", photos, *COMMON, *extra.split()]
+    whole, broken = Path(folder, "whole"), Path(folder, "broken")
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    if not whole.exists():
+        log, began = Path(folder, "whole.log"), time.monotonic()
+        finish(start(script, [*arguments, "--output_dir", whole], log), log)
+        Path(folder, "seconds").write_text(str(time.monotonic() - began))
+    seconds, outcome, log = float(Path(folder, "seconds").read_text()), Outcome(), Path(folder, "broken.log")
+    command = [*arguments, "--output_dir", broken]
+    while outcome.kills < kills:
+        process = start(script, command, log)
+        moment = rng.uniform(0, seconds)
+        process.join(moment)
+        if process.is_alive():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process.pid, signal.SIGKILL)
+            process.join()
+            outcome.kills += 1
+            outcome.moments.append(round(moment, 2))
+            outcome.resumed += any(broken.glob("checkpoint-?"))
+        else:
+            assert process.exitcode == 0, Path(log).read_text()[-3000:]
+            break  # it was done before the kill
+    finish(start(script, command, log), log)
+    outcome.identical = identical(whole, broken)
+    expected = losses(whole)
+    outcome.same_losses = len(expected) == 8 and all(expected[s] == v for s, v in losses(broken).items())
+    return outcome
+
+
+def seeded():
+    """A generator whose seed is printed, and taken from TORTURE_SEED where that is set."""
+    seed = int(os.environ.get("TORTURE_SEED", time.time_ns() % 2**32))
+    print(f"TORTURE_SEED={seed}")
+    return random.Random(seed)
