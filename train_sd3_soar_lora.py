@@ -288,7 +288,7 @@ def check_args(parser, input_args):
 
 def fail(message):
     """End the run with one line and exit code 1."""
-    raise SystemExit(f"error: {message}")
+    raise SystemExit(f"error: {' '.join(message.split())}")
 
 
 @contextlib.contextmanager
@@ -297,7 +297,7 @@ def failing_with(what):
     try:
         yield
     except (OSError, ValueError, ImportError, datasets.exceptions.DatasetsError) as error:
-        raise SystemExit(f"error: {what}: {' '.join(str(error.__cause__ or error).split())[:500]}") from error
+        fail(f"{what}: {str(error.__cause__ or error)[:500]}")
 
 
 def loading(args):
@@ -472,6 +472,8 @@ def load_images(args):
     else:
         source, split = args.dataset_name or args.train_data_dir, "train"
         with failing_with(f"{'--dataset_name' if args.dataset_name else '--train_data_dir'} {source}"):
+            for metadata in Path(source).rglob("metadata.jsonl") if os.path.isdir(source) else ():
+                list(read_json_lines(metadata))  # `datasets` names no line, and can crash on one that is no object
             if args.dataset_name:
                 rows = datasets.load_dataset(source, args.dataset_config_name, split=split)
             else:
@@ -479,11 +481,6 @@ def load_images(args):
         for flag in ("image_column", "caption_column"):
             if getattr(args, flag) not in rows.column_names:
                 fail(f"--{flag} {getattr(args, flag)}: {source} has the columns {', '.join(rows.column_names)}")
-        if args.train_data_dir:
-            suffixes = Image.registered_extensions()
-            unlisted = sum(f.suffix.lower() in suffixes for f in Path(source).rglob("*")) - len(rows)
-            if unlisted > 0:
-                logger.warning(f"{unlisted} images in {source} are not listed in its metadata and are not used.")
         rows = rows.select_columns([args.image_column, args.caption_column])
         rows = rows.rename_columns({args.image_column: "image", args.caption_column: "caption"})
         with failing_with(f"--image_column {args.image_column} of {source} holds no images"):
@@ -491,6 +488,14 @@ def load_images(args):
         with failing_with(f"--caption_column {args.caption_column} of {source} holds no text"):
             rows = rows.cast_column("caption", datasets.Value("string"))
         rows = rows.add_column("height", [0] * len(rows)).add_column("width", [0] * len(rows))
+        if args.train_data_dir:
+            for image in rows["image"]:
+                if image is not None and not is_inside(image["path"], source):
+                    fail(f"{image['path']} leads out of --train_data_dir")
+            suffixes = Image.registered_extensions()
+            unlisted = sum(file.suffix.lower() in suffixes for file in Path(source).rglob("*")) - len(rows)
+            if unlisted > 0:
+                logger.warning(f"{unlisted} images in {source} are not listed in its metadata and are not used.")
     if args.max_train_samples is not None:
         rows = rows.select(range(min(args.max_train_samples, len(rows))))
     return rows
@@ -499,28 +504,37 @@ def load_images(args):
 def read_jsonl(args):
     """Yield a row for [`load_images`] from each line of --jsonl_path, the format of the authors' code."""
     image_dir = Path(args.image_dir).resolve()
-    with open(args.jsonl_path, "rb") as file:
+    for where, record in read_json_lines(args.jsonl_path):
+        if not isinstance(record.get("md5"), str) or "caption_en" not in record:
+            fail(f"{where} needs the fields `md5`, a text, and `caption_en`")
+        height, width = record.get("bh") or 0, record.get("bw") or 0
+        if not all(isinstance(side, int) and side >= 0 and side % 16 == 0 for side in (height, width)):
+            fail(f"{where}: `bw` and `bh` must be whole numbers divisible by 16, got {width} and {height}")
+        if (height == 0) != (width == 0):
+            fail(f"{where}: give both `bw` and `bh`, or none")
+        candidates = [image_dir / f"{record['md5']}{suffix}" for suffix in (".jpg", ".jpeg", ".png", ".webp")]
+        path = next((path for path in candidates if os.path.isfile(path)), candidates[0])
+        if not is_inside(path, image_dir):
+            fail(f"{where}: `md5` {record['md5']!r} leads out of --image_dir")
+        caption = choose_caption(record["caption_en"])
+        yield {"image": {"path": str(path), "bytes": None}, "caption": caption, "height": height, "width": width}
+
+
+def read_json_lines(path):
+    """Yield the place and the object of each line that is not blank; a line that is no JSON object ends the run."""
+    with open(path, "rb") as file:
         for number, line in enumerate(file, start=1):
+            where = f"{path}, line {number}"
             if not line.strip():
                 continue
-            where = f"{args.jsonl_path}, line {number}"
             try:
                 record = json.loads(line)
-            except ValueError as error:
+                json.dumps(record, ensure_ascii=False).encode()  # JSON can spell characters that are none
+            except (ValueError, RecursionError) as error:
                 fail(f"{where} is not JSON: {error}")
-            if not isinstance(record, dict) or not isinstance(record.get("md5"), str) or "caption_en" not in record:
-                fail(f"{where} needs the fields `md5`, a text, and `caption_en`")
-            height, width = record.get("bh") or 0, record.get("bw") or 0
-            if not all(isinstance(side, int) and side >= 0 and side % 16 == 0 for side in (height, width)):
-                fail(f"{where}: `bw` and `bh` must be whole numbers divisible by 16, got {width} and {height}")
-            if (height == 0) != (width == 0):
-                fail(f"{where}: give both `bw` and `bh`, or none")
-            candidates = [image_dir / f"{record['md5']}{suffix}" for suffix in (".jpg", ".jpeg", ".png", ".webp")]
-            path = next((path for path in candidates if path.is_file()), candidates[0])
-            if not path.resolve().is_relative_to(image_dir):
-                fail(f"{where}: `md5` {record['md5']!r} leads out of --image_dir")
-            caption = choose_caption(record["caption_en"])
-            yield {"image": {"path": str(path), "bytes": None}, "caption": caption, "height": height, "width": width}
+            if not isinstance(record, dict):
+                fail(f"{where} is not a JSON object")
+            yield where, record
 
 
 def choose_caption(value):
@@ -529,9 +543,17 @@ def choose_caption(value):
         with contextlib.suppress(ValueError):  # a caption may simply begin with a brace
             value = json.loads(value)
     if isinstance(value, dict):
-        fields = ("long_caption", "medium_caption", "short_caption", "text")
-        value = next((value[field] for field in fields if value.get(field)), "")
+        texts = [value.get(field) for field in ("long_caption", "medium_caption", "short_caption", "text")]
+        value = next((text for text in texts if isinstance(text, str) and text.strip()), "")
     return value if isinstance(value, str) else ""
+
+
+def is_inside(path, folder):
+    """Whether a path leads to a place inside of `folder`, whatever `..` and links are on its way."""
+    try:
+        return Path(path).resolve().is_relative_to(Path(folder).resolve())
+    except ValueError:  # a null character
+        return False
 
 
 def read_image(image):
@@ -556,6 +578,8 @@ def read_image(image):
 
 def inspect_image(image):
     """Name, size and digest of an image, or what is wrong with it; runs in data-loader workers."""
+    if image is None:
+        return {"name": None, "error": "its row has none"}
     found = {"name": image["path"]}
     try:
         decoded, found["digest"] = read_image(image)
@@ -1112,12 +1136,11 @@ def check_resume(checkpoint, before, now):
     free = {f"--{name}" for name in FREE_ON_RESUME} | set(now["versions"])
     if new["lr_scheduler"] not in ("constant", "constant_with_warmup", "piecewise_constant"):
         free -= {"--max_train_steps"}  # the schedule ends there
-    for name, (was, value) in differences.items():
-        if name not in free:
-            fail(f"--resume_from_checkpoint {checkpoint}: {name} was {was} there and is {value} now")
-    if differences:
-        notes = (f"{name} {was} -> {value}" for name, (was, value) in differences.items())
-        logger.info(f"Resuming with changes that do not change the result: {', '.join(notes)}")
+    told = {name: f"{name} was {was} there and is {value} now" for name, (was, value) in differences.items()}
+    if refused := [text for name, text in told.items() if name not in free]:
+        fail(f"--resume_from_checkpoint {checkpoint} is of another run: {'; '.join(refused)}")
+    if told:
+        logger.info(f"Resuming with changes that do not change the result: {'; '.join(told.values())}")
 
 
 def checkpoint_step(folder):

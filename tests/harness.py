@@ -6,10 +6,13 @@ start takes half a second and a kill is a real one.
 
 import contextlib
 import importlib
+import logging
 import multiprocessing
 import os
 import random
 import signal
+import socket
+import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -58,13 +61,17 @@ CASES = {
 }
 
 
-def start(script, arguments, log):
-    """Fork a process that runs `script` with `arguments`, its output in the file `log`."""
+def start(script, arguments, log, environment=(), setup=lambda: None):
+    """
+    Fork a process that runs `script` with `arguments`, its output in the file `log`, after `environment` was added to
+    its own and `setup` was called there.
+    """
 
     def target():
-        descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        os.dup2(descriptor, 1)
-        os.dup2(descriptor, 2)
+        os.environ.update(environment)
+        setup()
+        sys.stdout = sys.stderr = open(log, "a", buffering=1)
+        logging.basicConfig(level=logging.INFO, stream=sys.stderr, force=True)
         AcceleratorState._reset_state(reset_partial_state=True)
         GradientState._reset_state()
         module = importlib.import_module(script)
@@ -74,6 +81,16 @@ def start(script, arguments, log):
     process = multiprocessing.get_context("fork").Process(target=target)
     process.start()
     return process
+
+
+def start_two(script, arguments, log):
+    """The same run on two processes that talk over gloo, as `torchrun` would start them."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    common = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    common["ACCELERATE_USE_CPU"] = "true"
+    return [start(script, arguments, log, {**common, "RANK": str(r), "LOCAL_RANK": str(r)}) for r in range(2)]
 
 
 def finish(process, log, code=0):

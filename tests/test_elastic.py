@@ -1,0 +1,154 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The same run on one process or two, with one batch size or another, and the order of samples that makes it so."""
+
+import itertools
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from harness import finish, losses, start, start_two, weights
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from train_sd3_soar import BucketBatchSampler, derive_seed
+
+
+SETTINGS = """--resolution 32 --max_sequence_length 16 --learning_rate 1e-3 --seed 3 --cond_dropout_rate 0.3
+    --random_flip --use_ema --num_rollout_paths 2 --trajectory_length 2 --checkpointing_steps 2""".split()
+
+
+@pytest.fixture
+def arguments(pipeline, photos):
+    return ["--pretrained_model_name_or_path", pipeline, "--train_data_dir", photos, *SETTINGS]
+
+
+def run_one(script, folder, *arguments):
+    log = f"{folder}.log"
+    finish(start(script, [*arguments, "--output_dir", folder], log), log)
+    return folder
+
+
+def run_two(script, folder, *arguments):
+    log = f"{folder}.log"
+    for process in start_two(script, [*arguments, "--output_dir", folder], log):
+        finish(process, log)
+    return folder
+
+
+def distance(one, other):
+    """Norm of the difference of all weights, over their norm."""
+    one, other = weights(one), weights(other)
+    assert one.keys() == other.keys()
+    difference = sum((one[name] - other[name]).square().sum() for name in one)
+    return (difference / sum(tensor.square().sum() for tensor in one.values())).sqrt().item()
+
+
+@pytest.mark.parametrize("script", ["train_sd3_sft", "train_sd3_soar", "train_sd3_soar_lora"])
+def test_one_process_or_two(script, arguments, tmp_path):
+    """Equal order, noise, sigmas, dropout; buckets of several shapes and, in the LoRA, its dropout included."""
+    if script == "train_sd3_sft":
+        arguments = arguments[:-7] + arguments[-2:]  # no SOAR flags
+    extra = ["--use_aspect_ratio_buckets", "--train_batch_size", 2, "--max_train_steps", 4]
+    extra += ["--lora_dropout", 0.2] if script == "train_sd3_soar_lora" else []
+    one = run_one(script, tmp_path / "one", *arguments, *extra, "--gradient_accumulation_steps", 2)
+    two = run_two(script, tmp_path / "two", *arguments, *extra)
+    assert distance(one, two) < 1e-5
+    expected = losses(one)
+    assert len(expected) == 4
+    for step, loss in losses(two).items():
+        assert abs(loss - expected[step]) < 1e-5 * expected[step]
+    other = run_one(script, tmp_path / "other", *arguments, *extra, "--gradient_accumulation_steps", 2, "--seed", 4)
+    assert distance(one, other) > 1e-3  # what a different run looks like
+
+
+def test_batch_size_does_not_matter_where_the_global_batch_is_the_same(arguments, tmp_path):
+    arguments += ["--max_train_steps", 3]
+    four = run_one("train_sd3_soar", tmp_path / "four", *arguments, "--train_batch_size", 4)
+    one = run_one(
+        "train_sd3_soar", tmp_path / "one", *arguments, "--train_batch_size", 1, "--gradient_accumulation_steps", 4
+    )
+    assert distance(four, one) < 1e-5
+
+
+def test_resume_on_another_number_of_processes(arguments, tmp_path):
+    arguments += ["--train_batch_size", 2, "--resume_from_checkpoint", "latest"]
+    whole = run_one(
+        "train_sd3_soar", tmp_path / "whole", *arguments, "--gradient_accumulation_steps", 2, "--max_train_steps", 4
+    )
+    folder = run_two("train_sd3_soar", tmp_path / "changed", *arguments, "--max_train_steps", 2)
+    Path(f"{folder}.log").unlink()
+    run_one("train_sd3_soar", folder, *arguments, "--gradient_accumulation_steps", 2, "--max_train_steps", 4)
+    log = Path(f"{folder}.log").read_text()
+    assert " 2/4 [" in log and " 1/4 [" not in log  # it went on, and did not begin again
+    assert distance(whole, folder) < 1e-5
+
+
+# The order of the samples
+
+bucket_sizes = st.lists(st.integers(1, 23), min_size=1, max_size=4)
+
+
+def sizes_of(counts):
+    return [(16 * (bucket + 1), 16) for bucket, count in enumerate(counts) for _ in range(count)]
+
+
+def first_batches(n, sizes, batch_size, seed, **place):
+    return list(itertools.islice(BucketBatchSampler(sizes, batch_size, seed, **place), n))
+
+
+@settings(max_examples=150, deadline=None)
+@given(bucket_sizes, st.integers(1, 5), st.integers(0, 99), st.integers(1, 4))
+def test_every_sample_equally_often(counts, batch_size, seed, epochs):
+    """
+    Each pass visits each sample exactly once. What does not fill a batch is carried into the bucket's next pass, so
+    after any number of epochs a sample was visited that often, or once more or less at the edge of a batch.
+    """
+    sizes = sizes_of(counts)
+    batches = first_batches(epochs * sum(counts) // batch_size, sizes, batch_size, seed)
+    for batch in batches:
+        assert len({sizes[index] for index, _ in batch}) == 1
+        assert len(batch) == batch_size
+    visits = Counter(index for batch in batches for index, _ in batch)
+    if len(counts) == 1 and epochs * counts[0] % batch_size == 0:
+        assert all(visits[i] == epochs for i in range(counts[0]))
+    for bucket, count in enumerate(counts):
+        members = [i for i, size in enumerate(sizes) if size == (16 * (bucket + 1), 16)]
+        stream = [index for batch in batches for index, _ in batch if index in members]
+        for start_of_pass in range(0, len(stream) - count + 1, count):
+            assert sorted(stream[start_of_pass : start_of_pass + count]) == members
+
+
+@settings(max_examples=100, deadline=None)
+@given(bucket_sizes, st.integers(1, 5), st.integers(0, 99), st.integers(1, 4), st.integers(0, 30))
+def test_order_does_not_depend_on_processes_or_restarts(counts, batch_size, seed, processes, start_at):
+    sizes = sizes_of(counts)
+    whole = first_batches(start_at + 4 * processes, sizes, batch_size, seed)
+    assert [position for batch in whole for _, position in batch] == list(range(len(whole) * batch_size))
+    shares = [
+        first_batches(4, sizes, batch_size, seed, start=start_at, process_index=rank, num_processes=processes)
+        for rank in range(processes)
+    ]
+    assert [batch for together in zip(*shares, strict=True) for batch in together] == whole[start_at:]
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(4, 40), st.integers(0, 99))
+def test_one_bucket_has_one_order_whatever_the_batch_size(count, seed):
+    sizes = sizes_of([count])
+    orders = [sum(first_batches(24 // size, sizes, size, seed), []) for size in (1, 2, 3, 4, 6)]
+    assert all(order == orders[0] for order in orders)
+
+
+def test_passes_are_shuffled_differently():
+    sizes = sizes_of([20])
+    order = [index for batch in first_batches(10, sizes, 4, 0) for index, _ in batch]
+    first, second = order[:20], order[20:]
+    assert sorted(first) == sorted(second) == list(range(20))
+    assert first != second and first != list(range(20))
+
+
+def test_seeds_differ_and_do_not_depend_on_the_process():
+    assert derive_seed("noise", 0, 1) == derive_seed("noise", 0, 1)
+    assert len({derive_seed("noise", seed, p) for seed in range(10) for p in range(100)}) == 1000
+    assert torch.Generator().manual_seed(derive_seed("noise", 0, 1))

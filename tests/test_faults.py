@@ -1,0 +1,441 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a run does when it is told to stop, runs out of disk, meets bad numbers, or loses a process."""
+
+import json
+import os
+import random
+import resource
+import signal
+import struct
+import subprocess
+import sys
+import time
+import zlib
+from pathlib import Path
+
+import datasets
+import pytest
+import torch
+from accelerate import PartialState
+from conftest import ROOT, SCRIPTS, equal
+from harness import finish, start, start_two
+from PIL import Image
+
+import train_sd3_soar
+
+
+@pytest.fixture
+def arguments(pipeline, photos, tmp_path):
+    return [
+        *("--pretrained_model_name_or_path", pipeline, "--train_data_dir", photos, "--output_dir", tmp_path / "out"),
+        *"--resolution 32 --max_sequence_length 16 --train_batch_size 2 --seed 0 --report_to none".split(),
+        *"--resume_from_checkpoint latest --learning_rate 1e-3".split(),
+    ]
+
+
+def wait_for(condition, process, seconds=60):
+    """Wait until a file or a text is there, while the run is alive."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert process.is_alive() and time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+# Signals
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+def test_a_signal_ends_the_run_after_a_checkpoint(script, number, arguments, run, tmp_path):
+    """Exit code 75, and the run that is started again ends with the bits of one that was left alone."""
+    if script == "train_sd3_sft" and number != signal.SIGTERM:
+        pytest.skip("one signal is enough for the script whose main is the same")
+    log, out = tmp_path / "log", tmp_path / "out"
+    arguments += ["--max_train_steps", 30, "--checkpointing_steps", 1000]
+    process = start(script, arguments, log)
+    wait_for(lambda: " 3/30 [" in log.read_text() if log.exists() else False, process)
+    asked = time.monotonic()
+    os.kill(process.pid, number)
+    finish(process, log, code=75)
+    assert time.monotonic() - asked < 10
+    (checkpoint,) = out.glob("checkpoint-*")
+    assert 3 <= train_sd3_soar.checkpoint_step(checkpoint) < 30
+    finish(start(script, arguments, log), log)
+    whole = run(script, *arguments[:4], *arguments[6:], "--output_dir", tmp_path / "whole")
+    assert equal(whole, out)
+
+
+def test_a_second_signal_ends_the_run_at_once(arguments, tmp_path):
+    log = tmp_path / "log"
+
+    def endless(*_, **__):
+        print("in the step", flush=True)
+        time.sleep(600)
+
+    def setup():
+        train_sd3_soar.training_losses = endless
+
+    process = start("train_sd3_soar", arguments, log, setup=setup)
+    wait_for(lambda: "in the step" in log.read_text() if log.exists() else False, process)
+    os.kill(process.pid, signal.SIGTERM)
+    time.sleep(0.5)
+    assert process.is_alive()
+    os.kill(process.pid, signal.SIGTERM)
+    finish(process, log, code=-signal.SIGTERM)
+
+
+def test_a_signal_during_validation_does_not_wait_for_its_end(arguments, tmp_path):
+    log = tmp_path / "log"
+    arguments += ["--max_train_steps", 3, "--validation_steps", 1, "--validation_prompt", "cat"]
+    arguments += ["--num_inference_steps", 100_000, "--num_validation_images", 1]
+    process = start("train_sd3_soar", arguments, log)
+    wait_for(lambda: "Validation" in log.read_text() if log.exists() else False, process)
+    time.sleep(1)
+    os.kill(process.pid, signal.SIGTERM)
+    finish(process, log, code=75)
+    assert [path.name for path in (tmp_path / "out").glob("checkpoint-*")] == ["checkpoint-2"]
+    assert not list((tmp_path / "out" / "validation").glob("*"))
+
+
+def test_a_signal_to_one_process_stops_both(arguments, tmp_path):
+    log, arguments = tmp_path / "log", [*arguments, "--max_train_steps", 1000]
+    processes = start_two("train_sd3_soar", arguments, log)
+    wait_for(lambda: " 2/1000 [" in log.read_text() if log.exists() else False, processes[0])
+    os.kill(processes[1].pid, signal.SIGUSR1)
+    for process in processes:
+        finish(process, log, code=75)
+    assert len(list((tmp_path / "out").glob("checkpoint-*"))) == 1
+
+
+# Disks
+
+
+def test_a_full_disk_leaves_the_older_checkpoint_whole(arguments, run, tmp_path):
+    """No file may grow over 100 kB after the first checkpoint: the second one fails in the middle of its writing."""
+    log, out = tmp_path / "log", tmp_path / "out"
+    arguments += ["--max_train_steps", 4, "--checkpointing_steps", 2, "--checkpoints_total_limit", 1]
+
+    def setup():
+        save, signal_ = train_sd3_soar.save_checkpoint, signal.signal
+
+        def limited(args, accelerator, ema, state):
+            if state["step"] == 4:
+                signal_(signal.SIGXFSZ, signal.SIG_IGN)
+                resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
+            save(args, accelerator, ema, state)
+
+        train_sd3_soar.save_checkpoint = limited
+
+    finish(start("train_sd3_soar", arguments, log, setup=setup), log, code=1)
+    text = log.read_text()
+    assert "checkpoint-4 could not be written" in text and "older checkpoints are whole" in text
+    assert "Traceback" not in text
+    assert [path.name for path in out.glob("checkpoint-*")] == ["checkpoint-2"]
+    finish(start("train_sd3_soar", arguments, log), log)
+    assert equal(run("train_sd3_soar", *arguments[:4], *arguments[6:], "--output_dir", tmp_path / "whole"), out)
+
+
+def test_latest_skips_what_is_not_whole_and_says_so(run, tmp_path, caplog):
+    arguments = ("train_sd3_soar", "--checkpointing_steps", 1, "--resume_from_checkpoint", "latest")
+    out = run(*arguments, "--max_train_steps", 3)
+    (out / "checkpoint-3" / "trainer_state.json").unlink()
+    (out / "checkpoint-2").rename(out / "checkpoint-2.unfinished")
+    with caplog.at_level("INFO"):
+        run(*arguments, "--max_train_steps", 2)
+    assert f"Skipped {out / 'checkpoint-3'}" in caplog.text
+    assert f"Resumed from {out / 'checkpoint-1'}" in caplog.text
+
+
+def test_latest_starts_from_the_beginning_where_there_is_none(run, caplog):
+    with caplog.at_level("INFO"):
+        run("train_sd3_soar", "--resume_from_checkpoint", "latest", "--max_train_steps", 1)
+    assert "starting from the beginning" in caplog.text
+
+
+# What a checkpoint is compared on
+
+CHANGES = [
+    (["--seed", 1], "--seed was 0 there and is 1 now"),
+    (["--learning_rate", 1e-4], "--learning_rate was 0.001 there and is 0.0001 now"),
+    (["--train_batch_size", 4], "--train_batch_size was 2 there and is 4 now"),
+    (["--gradient_accumulation_steps", 2], "global_batch_size was 2 there and is 4 now"),
+    (["--max_train_samples", 6], "data was"),
+    (["--lr_scheduler", "linear"], "--lr_scheduler was constant there and is linear now"),
+    (["--lambda_aux", 0.5], "--lambda_aux was 1.0 there and is 0.5 now"),
+    (["--resolution", 48], "--resolution was 32 there and is 48 now"),
+]
+
+
+@pytest.fixture(scope="module")
+def begun(pipeline, photos, tmp_path_factory):
+    """A folder with `checkpoint-1` of a run."""
+    out = tmp_path_factory.mktemp("begun") / "out"
+    log = out.parent / "log"
+    arguments = ["--pretrained_model_name_or_path", pipeline, "--train_data_dir", photos, "--output_dir", out]
+    arguments += "--resolution 32 --max_sequence_length 16 --train_batch_size 2 --seed 0 --report_to none".split()
+    arguments += "--learning_rate 1e-3 --max_train_steps 1 --checkpointing_steps 1".split()
+    finish(start("train_sd3_soar", arguments, log), log)
+    return out
+
+
+@pytest.mark.parametrize(("change", "message"), CHANGES)
+def test_a_change_of_the_result_is_refused(change, message, begun, run):
+    before = {path: path.stat().st_mtime_ns for path in begun.rglob("*")}
+    with pytest.raises(SystemExit, match=message):
+        run("train_sd3_soar", "--output_dir", begun, "--resume_from_checkpoint", "latest", *change)
+    assert {path: path.stat().st_mtime_ns for path in begun.rglob("*") if path in before} == before
+
+
+def test_the_end_of_a_schedule_may_not_move(run, tmp_path):
+    arguments = ("train_sd3_soar", "--lr_scheduler", "linear", "--checkpointing_steps", 1)
+    out = run(*arguments, "--max_train_steps", 1)
+    with pytest.raises(SystemExit, match="--max_train_steps was 1 there and is 3 now"):
+        run(*arguments, "--max_train_steps", 3, "--output_dir", out, "--resume_from_checkpoint", "latest")
+
+
+def test_another_run_is_not_overwritten(run):
+    out = run("train_sd3_soar", "--max_train_steps", 1, "--checkpointing_steps", 1)
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
+    with pytest.raises(SystemExit, match="holds another run .*--overwrite_output_dir"):
+        run("train_sd3_soar", "--output_dir", out)
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
+    run("train_sd3_soar", "--output_dir", out, "--overwrite_output_dir")
+    assert not (out / "checkpoint-1").exists() and (out / "transformer").exists()
+
+
+# Numbers
+
+
+def poison(monkeypatch, steps):
+    """Make the loss of the given optimizer steps not a number."""
+    original, count = train_sd3_soar.training_losses, [0]
+
+    def poisoned(*arguments):
+        count[0] += 1
+        for loss, values in original(*arguments):
+            yield (loss * float("nan") if count[0] in steps else loss), values
+
+    monkeypatch.setattr(train_sd3_soar, "training_losses", poisoned)
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_step(run, monkeypatch, tmp_path):
+    arguments = ("train_sd3_soar", "--checkpointing_steps", 1, "--max_train_steps", 4)
+    whole = run(*arguments, "--output_dir", tmp_path / "whole", "--resume_from_checkpoint", "latest")
+    poison(monkeypatch, {3})
+    with pytest.raises(SystemExit, match="step 3: not finite") as error:
+        run(*arguments, "--resume_from_checkpoint", "latest")
+    out = tmp_path / "out"
+    assert f"Last checkpoint: {out / 'checkpoint-2'}" in str(error.value)
+    assert str(error.value).count(".png") == 2  # the samples of the step
+    assert not (out / "transformer").exists()
+    monkeypatch.undo()
+    run(*arguments, "--resume_from_checkpoint", "latest")
+    assert equal(whole, out)
+
+
+def test_steps_that_are_not_finite_may_be_skipped(run, monkeypatch, tmp_path, caplog):
+    poison(monkeypatch, {1, 2, 4})
+    arguments = ("train_sd3_soar", "--max_train_steps", 4, "--checkpointing_steps", 1)
+    out = run(*arguments, "--max_skipped_steps", 2)
+    assert caplog.text.count("Skipped step") == 3
+    assert equal(out / "checkpoint-3", out / "checkpoint-4") and not equal(out / "checkpoint-2", out / "checkpoint-3")
+    monkeypatch.undo()
+    poison(monkeypatch, {1, 2, 3})
+    with pytest.raises(SystemExit, match="step 3: not finite"):
+        run(*arguments, "--max_skipped_steps", 2, "--output_dir", tmp_path / "three")
+
+
+# Processes
+
+
+def torchrun(arguments, log):
+    """The real launcher, with two processes."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    with open(log, "w") as output:
+        command = [*map(str, [*command, ROOT / "train_sd3_soar.py", *arguments])]
+        return subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment)
+
+
+def children(pid):
+    """Process ids of the children of a process, from /proc."""
+    return [int(c) for t in Path(f"/proc/{pid}/task").iterdir() for c in (t / "children").read_text().split()]
+
+
+def test_a_process_that_dies_takes_the_others_along(arguments, tmp_path):
+    log = tmp_path / "log"
+    launcher = torchrun([*arguments, "--max_train_steps", 100_000], log)
+    deadline = time.monotonic() + 120
+    while " 2/100000 [" not in log.read_text():
+        assert launcher.poll() is None and time.monotonic() < deadline, log.read_text()[-3000:]
+        time.sleep(0.1)
+    victim = max(children(launcher.pid))
+    os.kill(victim, signal.SIGKILL)
+    assert launcher.wait(60) != 0
+
+
+def test_bad_input_ends_both_processes_with_the_message(arguments, tmp_path):
+    bad = tmp_path / "bad"
+    bad.mkdir()
+    (bad / "a.png").write_bytes(b"no picture")
+    (bad / "metadata.jsonl").write_text('{"file_name": "a.png", "text": "a"}\n')
+    log = tmp_path / "log"
+    processes = start_two("train_sd3_soar", [*arguments[:2], "--train_data_dir", bad, *arguments[4:]], log)
+    began = time.monotonic()
+    for process in processes:
+        finish(process, log, code=1)
+    assert time.monotonic() - began < 60
+    assert "a.png cannot be read" in log.read_text() and "Traceback" not in log.read_text()
+
+
+def test_two_runs_may_build_one_cache_at_once(arguments, run, tmp_path):
+    cache = ["--cache_latents", "--cache_prompt_embeds", "--center_crop", "--max_train_steps", 2]
+    cache += ["--cache_dir", tmp_path / "cache"]
+    plain = arguments[:4] + arguments[6:]
+    runs = [
+        (start("train_sd3_soar", [*plain, *cache, "--output_dir", tmp_path / name], tmp_path / f"{name}.log"), name)
+        for name in ("one", "two")
+    ]
+    for process, name in runs:
+        finish(process, tmp_path / f"{name}.log")
+    assert equal(tmp_path / "one", tmp_path / "two")
+    files = [path for path in (tmp_path / "cache").rglob("*") if path.is_file()]
+    assert len(files) == 8 + 9 and all(path.suffix == ".safetensors" for path in files)
+
+
+# Hostile data
+
+
+def png_header(width, height):
+    """A valid PNG header that claims a size, and nothing else."""
+    ihdr = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    chunk = b"IHDR" + ihdr
+    return b"\x89PNG\r\n\x1a\n" + struct.pack(">I", len(ihdr)) + chunk + struct.pack(">I", zlib.crc32(chunk))
+
+
+CAPTIONS = [
+    "a cat",
+    "",
+    " ",
+    "\x00\x07\x1b[31m",
+    "x" * 100_000,
+    "\ud800",
+    "{",
+    '{"text": 3}',
+    "漢字 🦊",
+    None,
+    7,
+    ["a"],
+]
+LINES = [b"", b"   ", b"{", b"[]", b"null", b'"text"', b"\xff\xfe", b'{"md5": 3}', b'{"md5": "a"}', b"{}" * 3]
+NAMES = ["a", "../a", "/etc/passwd", "a/../../b", "", ".", "..", "link", "a\x00b", "missing", "x" * 300, "a\nb", "ü"]
+
+
+def write_case(folder, kind, rng):
+    """A data folder with a few random faults, or none."""
+    images = []
+    for name in ("a", "b", "c"):
+        path, choice = folder / f"{name}.png", rng.random()
+        Image.new(rng.choice(["RGB", "L", "RGBA", "P", "I;16", "1"]), (rng.randint(1, 70), rng.randint(1, 70))).save(
+            path
+        )
+        data = path.read_bytes()
+        if choice < 0.1:
+            path.write_bytes(data[: rng.randint(0, len(data) - 1)])
+        elif choice < 0.2:
+            place = rng.randrange(len(data))
+            path.write_bytes(data[:place] + rng.randbytes(4) + data[place + 4 :])
+        elif choice < 0.25:
+            path.write_bytes(png_header(60_000, 60_000))
+        elif choice < 0.3:
+            path.write_bytes(rng.randbytes(100))
+        images.append(name)
+    (folder / "link.png").symlink_to("/etc/hostname")
+    if rng.random() < 0.4:
+        images.append(rng.choice(NAMES))
+    captions = [rng.choice(CAPTIONS) if rng.random() < 0.3 else f"picture {name}" for name in images]
+    if kind == "jsonl":
+        records = [{"md5": name, "caption_en": caption} for name, caption in zip(images, captions, strict=True)]
+        for record in records:
+            if rng.random() < 0.2:
+                record |= {
+                    "bw": rng.choice([32, 0, -16, 17, 1.5, "32", None, 10**9]),
+                    "bh": rng.choice([32, 48, None]),
+                }
+        lines = [json.dumps(record).encode() for record in records]
+        if rng.random() < 0.4:
+            lines.insert(rng.randint(0, 3), rng.choice(LINES))
+        (folder / "data.jsonl").write_bytes(b"\n".join(lines))
+        return ["--jsonl_path", folder / "data.jsonl", "--image_dir", folder]
+    records = [{"file_name": f"{name}.png", "text": caption} for name, caption in zip(images, captions, strict=True)]
+    if kind == "csv":
+        rows = ["file_name,text", *(f'{record["file_name"]},"{record["text"]}"' for record in records)]
+        (folder / "metadata.csv").write_bytes("\n".join(rows).encode(errors="surrogatepass"))
+    else:
+        lines = [json.dumps(record).encode() for record in records]
+        if rng.random() < 0.3:
+            lines.insert(rng.randint(0, 3), rng.choice(LINES))
+        (folder / "metadata.jsonl").write_bytes(b"\n".join(lines))
+    return ["--train_data_dir", folder]
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "folder", "csv"])
+def test_fuzzed_data_ends_in_a_message_or_a_counted_skip(kind, pipeline, tmp_path, monkeypatch, caplog):
+    """170 random folders a reader: rows and dropped rows add up, or the run ends with one line."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    PartialState()  # the scripts' logger needs it
+    seed = int(os.environ.get("FUZZ_SEED", time.time_ns() % 2**32))
+    print(f"FUZZ_SEED={seed}")
+    rng, ended, used, dropped = random.Random(seed), 0, 0, 0
+    for number in range(170):
+        folder = tmp_path / f"{kind}-{number}"
+        folder.mkdir()
+        arguments = [*write_case(folder, kind, rng), "--pretrained_model_name_or_path", pipeline]
+        arguments += ["--resolution", 32, *(["--skip_bad_images"] if rng.random() < 0.5 else [])]
+        try:
+            args = train_sd3_soar.parse_args([str(argument) for argument in arguments])
+            model = train_sd3_soar.check_model(args)
+            rows = train_sd3_soar.load_images(args)
+            inspected = train_sd3_soar.inspect_images(args, model, rows)
+        except SystemExit as error:
+            ended += 1
+            assert str(error).startswith("error: ") and "\n" not in str(error), error
+            continue
+        used += len(inspected)
+        dropped += len(rows) - len(inspected)
+        assert args.skip_bad_images or len(rows) == len(inspected)
+        for item in inspected:
+            assert Path(item["name"]).resolve().parent == folder.resolve()  # nothing from outside
+            assert isinstance(rows[item["row"]]["caption"] or "", str)
+    assert ended > 20 and used > 40 and dropped > 5
+
+
+def test_hostile_captions_train(run, photos, tmp_path):
+    """Control characters, 100 kB of text, an empty caption: encoded like any other, truncated, nothing dropped."""
+    with open(tmp_path / "data.jsonl", "w") as file:
+        for name, caption in zip(
+            ("coffee", "rocket", "coins"), ("\x00\x07\x1b[31m", "word " * 20_000, ""), strict=True
+        ):
+            file.write(json.dumps({"md5": name, "caption_en": caption}) + "\n")
+    data = ("--jsonl_path", tmp_path / "data.jsonl", "--image_dir", photos, "--cache_prompt_embeds")
+    out = run("train_sd3_soar", *data, "--train_batch_size", 3)
+    assert len(list((out / "cache" / "prompt_embeds").rglob("*.safetensors"))) == 3  # the empty one is the null prompt
+
+
+def test_images_of_train_data_dir_may_not_lead_out_of_it(run, photos, tmp_path):
+    folder = tmp_path / "images"
+    folder.mkdir()
+    (folder / "inside.png").symlink_to(photos / "coffee.png")
+    (folder / "metadata.jsonl").write_text('{"file_name": "inside.png", "text": "a"}\n')
+    with pytest.raises(SystemExit, match="inside.png leads out of --train_data_dir"):
+        run("train_sd3_soar", "--train_data_dir", folder)
+
+
+def test_rng_of_the_process_does_not_matter(run, tmp_path):
+    """Whatever drew random numbers before, the run is the same."""
+    torch.manual_seed(1)
+    random.seed(1)
+    one = run("train_sd3_soar_lora", "--lora_dropout", 0.3, "--output_dir", tmp_path / "one")
+    torch.manual_seed(2)
+    random.seed(2)
+    assert equal(one, run("train_sd3_soar_lora", "--lora_dropout", 0.3, "--output_dir", tmp_path / "two"))
