@@ -37,9 +37,11 @@ Needs `soar_utils.py` beside it, nothing else. Sources: SOAR, arXiv 2604.12617; 
 
 import argparse
 import contextlib
+import dataclasses
 import datetime
 import functools
 import hashlib
+import importlib.util
 import io
 import itertools
 import json
@@ -135,7 +137,7 @@ def parse_args(input_args=None):
     add("--random_flip", action="store_true", help="Mirror half of the images.")
     add("--use_aspect_ratio_buckets", action="store_true", help="Train at several shapes of about --resolution^2.")
     add("--aspect_ratio_buckets", help='The shapes, as "height,width;height,width"; implies the flag above.')
-    add("--max_sequence_length", type=at_least(1), default=256, help="T5 tokens of captions and validation prompts.")
+    add("--max_sequence_length", type=between(1, 512, int), default=256, help="T5 tokens of all prompts.")
     add("--cond_dropout_rate", type=between(0, 1), default=0.0, help="Share of samples trained with an empty caption.")
     add("--cache_latents", action="store_true", help="Encode every image once, to disk; keeps one crop an image.")
     add("--cache_prompt_embeds", action="store_true", help="Encode every caption once, to disk.")
@@ -156,24 +158,24 @@ def parse_args(input_args=None):
     add("--lr_scheduler", choices=[name.value for name in SchedulerType], default="constant")
     add("--lr_warmup_steps", type=at_least(0), default=0)
     add("--lr_num_cycles", type=at_least(1), default=1, help="Restarts of cosine_with_restarts.")
-    add("--lr_power", type=float, default=1.0, help="Power of polynomial.")
+    add("--lr_power", type=finite, default=1.0, help="Power of polynomial.")
     add("--lr_step_rules", help='Rules of piecewise_constant: "1:10,0.1:20,0.01" is x1 to step 10, x0.1 to 20, x0.01.')
     add("--optimizer", choices=["adamw", "prodigy"], default="adamw")
     add("--use_8bit_adam", action="store_true", help="AdamW with 8-bit state (bitsandbytes).")
-    add("--adam_beta1", type=between(0, 1), default=0.9)
-    add("--adam_beta2", type=between(0, 1), default=0.999)
+    add("--adam_beta1", type=between(0, 0.99999), default=0.9)
+    add("--adam_beta2", type=between(0, 0.99999), default=0.999)
     add("--adam_weight_decay", type=at_least(0, float), default=1e-2)
     add("--adam_epsilon", type=at_least(0, float), default=1e-8)
-    add("--prodigy_beta3", type=between(0, 1), help="Default: the square root of --adam_beta2.")
+    add("--prodigy_beta3", type=between(0, 0.99999), help="Default: the square root of --adam_beta2.")
     add("--prodigy_decouple", action=argparse.BooleanOptionalAction, default=True, help="Decoupled weight decay.")
     add("--prodigy_use_bias_correction", action=argparse.BooleanOptionalAction, default=True)
     add("--prodigy_safeguard_warmup", action=argparse.BooleanOptionalAction, default=True)
-    add("--max_grad_norm", type=at_least(0, float), default=1.0)
+    add("--max_grad_norm", type=at_least(0, float), default=1.0, help="0 does not clip.")
     add("--max_skipped_steps", type=at_least(0), default=0, help="Skip up to N steps in a row that are not finite.")
     add("--weighting_scheme", choices=["none", "sigma_sqrt", "logit_normal", "mode", "cosmap"], default="logit_normal")
-    add("--logit_mean", type=float, default=0.0, help="Of logit_normal, as in the SD3 paper: positive leans to noise.")
+    add("--logit_mean", type=finite, default=0.0, help="Of logit_normal, the SD3 paper's: positive leans to noise.")
     add("--logit_std", type=at_least(0, float), default=1.0, help="Of logit_normal.")
-    add("--mode_scale", type=float, default=1.29, help="Of mode.")
+    add("--mode_scale", type=finite, default=1.29, help="Of mode.")
     add("--use_ema", action="store_true", help="Average the weights; validation and the saved model use the average.")
     add("--ema_decay", type=between(0, 1), default=0.9999)
     add("--offload_ema", action="store_true", help="Keep the average on the CPU between steps.")
@@ -194,7 +196,7 @@ def parse_args(input_args=None):
     add("--trajectory_length", type=at_least(0), default=6, help="N: auxiliary points per rollout path.")
     add("--num_rollout_paths", type=at_least(1), default=1, help="M: path 0 is the ODE step, the others stochastic.")
     add("--num_sampling_steps", type=at_least(1), default=40, help="K: the rollout is one step of K.")
-    add("--cfg_scale_sampling", type=float, default=4.5, help="Guidance of the rollout step.")
+    add("--cfg_scale_sampling", type=finite, default=4.5, help="Guidance of the rollout step.")
     add("--sde_rollout_type", choices=soar_utils.STOCHASTIC_ROLLOUTS, default="flow_sde", help="Paths 1 to M-1.")
     add("--sde_noise_scale", type=between(0, 1), default=0.5, help="Strength of the stochastic steps.")
     add("--sigma_upper_ratio", type=at_least(1, float), help="Auxiliary sigmas up to RATIO * sigma. Default: up to 1.")
@@ -212,7 +214,7 @@ def parse_args(input_args=None):
     add("--num_validation_images", type=at_least(1), default=4, help="Per prompt.")
     add("--validation_steps", type=at_least(1), default=500, help="Sample every N optimizer steps.")
     add("--num_inference_steps", type=at_least(1), default=40)
-    add("--guidance_scale", type=float, default=4.5)
+    add("--guidance_scale", type=finite, default=4.5)
     add("--skip_final_inference", action="store_true", help="No samples from the finished model.")
 
     logs = parser.add_argument_group("logging and hub")
@@ -244,6 +246,13 @@ def between(minimum, maximum, kind=float):
     return parse
 
 
+def finite(text):
+    """Argparse type: any finite number."""
+    if not math.isfinite(value := float(text)):
+        raise argparse.ArgumentTypeError(f"must be finite, got {text}")
+    return value
+
+
 def check_args(parser, input_args):
     """Parse, and check what one argument alone does not show. Returns the namespace, with `command` to repeat it."""
     argv = sys.argv[1:] if input_args is None else list(input_args)
@@ -263,6 +272,7 @@ def check_args(parser, input_args):
         if path is not None and not (os.path.isfile(path) if kind == "file" else os.path.isdir(path)):
             parser.error(f"--{flag} {path}: no such {kind}")
 
+    args.validation_prompt = list(dict.fromkeys(args.validation_prompt))  # a prompt given twice is sampled once
     args.buckets = [(args.resolution, args.resolution)]
     if args.aspect_ratio_buckets:
         try:
@@ -274,10 +284,17 @@ def check_args(parser, input_args):
     if args.resolution % 16 or any(side % 16 for bucket in args.buckets for side in bucket):
         parser.error("--resolution and every side of --aspect_ratio_buckets must be divisible by 16")
 
+    for package, wanted in (("prodigyopt", args.optimizer == "prodigy"), ("bitsandbytes", args.use_8bit_adam)):
+        if wanted and importlib.util.find_spec(package) is None:
+            parser.error(f"{package} is not installed: `pip install {package}`")
     if args.use_8bit_adam and args.optimizer != "adamw":
         parser.error(f"--use_8bit_adam goes with --optimizer adamw, not {args.optimizer}")
-    if args.lr_scheduler == "piecewise_constant" and not args.lr_step_rules:
-        parser.error("--lr_scheduler piecewise_constant needs --lr_step_rules")
+    if args.lr_scheduler == "piecewise_constant":
+        try:
+            get_scheduler(args.lr_scheduler, torch.optim.SGD([torch.zeros(1)]), step_rules=args.lr_step_rules)
+        except (AttributeError, ValueError):
+            rules = f"--lr_step_rules {args.lr_step_rules}"
+            parser.error(f"--lr_scheduler piecewise_constant, {rules}: give rules such as 1:10,0.1:20,0.01")
     if args.report_to not in ("none", "all", *LOGGER_TYPE_TO_CLASS):
         parser.error(f"--report_to {args.report_to}: choose one of none, all, {', '.join(LOGGER_TYPE_TO_CLASS)}")
     installed = [tracker.value for tracker in get_available_trackers()]
@@ -296,7 +313,7 @@ def failing_with(what):
     """Turn a library's complaint about the user's input into one line that says `what` it was about."""
     try:
         yield
-    except (OSError, ValueError, ImportError, datasets.exceptions.DatasetsError) as error:
+    except Exception as error:  # each library has its own, down to TypeError
         fail(f"{what}: {str(error.__cause__ or error)[:500]}")
 
 
@@ -321,17 +338,24 @@ def run_on_main(accelerator, function):
 
 def trained_layers(args, config):
     """
-    Names, or name endings, of the layers that get a LoRA. Refuses names that the model does not have.
+    Names of the layers that get a LoRA. Refuses names that the model does not have, and a wrong quantisation.
 
     Args:
         args (`argparse.Namespace`): The command line.
         config (`dict`): Of the transformer.
     """
-    if args.bnb_quantization_config_path and not torch.accelerator.is_available():
-        fail("--bnb_quantization_config_path: bitsandbytes quantises on a GPU, and there is none")
+    if args.bnb_quantization_config_path:
+        what = f"--bnb_quantization_config_path {args.bnb_quantization_config_path}"
+        with failing_with(what), open(args.bnb_quantization_config_path) as file:
+            quantization = diffusers.BitsAndBytesConfig(**json.load(file))
+            if not (quantization.load_in_4bit or quantization.load_in_8bit):
+                raise ValueError("neither `load_in_4bit` nor `load_in_8bit` is true")
+        if not torch.accelerator.is_available():
+            fail(f"{what}: bitsandbytes quantises on a GPU, and there is none")
     with torch.device("meta"):
         skeleton = SD3Transformer2DModel.from_config(config, pos_embed_max_size=config["sample_size"])
-    names = [name for name, _ in skeleton.named_modules()]
+    kinds = (torch.nn.Linear, torch.nn.Conv2d)
+    linear = [name for name, module in skeleton.named_modules() if isinstance(module, kinds)]
     attentions = {"attn": ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")}
     attentions["attn2"] = attentions["attn"][:4]  # the second attention of SD3.5-Medium's first blocks
     layers = [f"{attention}.{layer}" for attention, layers in attentions.items() for layer in layers]
@@ -340,15 +364,16 @@ def trained_layers(args, config):
     blocks = [""]
     if args.lora_blocks:
         blocks = [f"transformer_blocks.{block.strip()}." for block in args.lora_blocks.split(",")]
-    targets = []
     for block in blocks:
-        if not any(name.startswith(block) for name in names):
+        if not any(name.startswith(block) for name in linear):
             fail(f"--lora_blocks {args.lora_blocks}: this model has no {block.rstrip('.')}")
-        targets += [f"{block}{layer}" for layer in layers if any(f".{n}".endswith(f".{block}{layer}") for n in names)]
-    missing = [layer for layer in layers if not any(target.endswith(layer) for target in targets)]
+    found = {
+        layer: [n for n in linear if f".{n}".endswith(f".{layer}") and n.startswith(tuple(blocks))] for layer in layers
+    }
+    missing = [layer for layer, names in found.items() if not names]
     if args.lora_layers and missing:
-        fail(f"--lora_layers {args.lora_layers}: nothing in the model is called {', '.join(missing)}")
-    return targets
+        fail(f"--lora_layers {args.lora_layers}: no layer of these blocks is called {', '.join(missing)}")
+    return sorted({name for names in found.values() for name in names})
 
 
 def load_transformer(args, folder, weight_dtype, checkpoint=None):
@@ -366,8 +391,7 @@ def load_transformer(args, folder, weight_dtype, checkpoint=None):
     """
     quantization_config = None
     if args.bnb_quantization_config_path:
-        what = f"--bnb_quantization_config_path {args.bnb_quantization_config_path}"
-        with failing_with(what), open(args.bnb_quantization_config_path) as file:
+        with open(args.bnb_quantization_config_path) as file:
             quantization_config = diffusers.BitsAndBytesConfig(**json.load(file))
     transformer = SD3Transformer2DModel.from_pretrained(
         folder,
@@ -432,6 +456,13 @@ def check_model(args):
         transformer = SD3Transformer2DModel.load_config(name, subfolder="transformer", **hub)
         scheduler = diffusers.FlowMatchEulerDiscreteScheduler.load_config(name, subfolder="scheduler", **hub)
         vae = AutoencoderKL.load_config(name, subfolder="vae", **hub)
+        if os.path.isdir(name):
+            parts = ["transformer", "vae", "text_encoder", "text_encoder_2", "text_encoder_3"]
+            for part in parts[:-1] if args.no_text_encoder_3 else parts:
+                if Path(name, part).is_dir() and not any(Path(name, part).glob("*.safetensors")):
+                    raise ValueError(f"{part} has no weights as safetensors, and pickled ones are not loaded")
+        max_side = 2 ** (len(vae["block_out_channels"]) - 1) * transformer["patch_size"]
+        max_side *= transformer["pos_embed_max_size"]
     if scheduler.get("use_dynamic_shifting"):
         fail(f"{name}: its scheduler uses dynamic shifting; these scripts need a constant `shift`, as SD3.5 has")
     vae_scale_factor = 2 ** (len(vae["block_out_channels"]) - 1)
@@ -442,7 +473,7 @@ def check_model(args):
         "latent_channels": vae["latent_channels"],
         "vae_scale_factor": vae_scale_factor,
         "divisor": divisor,
-        "max_side": divisor * transformer["pos_embed_max_size"],
+        "max_side": max_side,
         "joint_attention_dim": transformer["joint_attention_dim"],
         "embeds_size": transformer["joint_attention_dim"] * (77 + args.max_sequence_length)
         + transformer["pooled_projection_dim"],
@@ -514,8 +545,8 @@ def read_jsonl(args):
             fail(f"{where}: give both `bw` and `bh`, or none")
         candidates = [image_dir / f"{record['md5']}{suffix}" for suffix in (".jpg", ".jpeg", ".png", ".webp")]
         path = next((path for path in candidates if os.path.isfile(path)), candidates[0])
-        if not is_inside(path, image_dir):
-            fail(f"{where}: `md5` {record['md5']!r} leads out of --image_dir")
+        if len(record["md5"]) > 200 or not is_inside(path, image_dir):
+            fail(f"{where}: `md5` {record['md5'][:200]!r} is no file name in --image_dir")
         caption = choose_caption(record["caption_en"])
         yield {"image": {"path": str(path), "bytes": None}, "caption": caption, "height": height, "width": width}
 
@@ -573,7 +604,10 @@ def read_image(image):
     with warnings.catch_warnings():
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         with Image.open(io.BytesIO(data)) as opened:
-            return ImageOps.exif_transpose(opened).convert("RGB"), hashlib.sha256(data).hexdigest()
+            upright = ImageOps.exif_transpose(opened)
+    if upright.mode.startswith("I"):  # 16 bits of grey, which `convert` would cut off at 255
+        upright = Image.fromarray((np.asarray(upright) / 257).clip(0, 255).astype(np.uint8))
+    return upright.convert("RGB"), hashlib.sha256(data).hexdigest()
 
 
 def inspect_image(image):
@@ -1211,8 +1245,8 @@ def make_optimizer(args, parameters):
     common = {"lr": args.learning_rate, "weight_decay": args.adam_weight_decay, "eps": args.adam_epsilon}
     common["betas"] = (args.adam_beta1, args.adam_beta2)
     if args.optimizer == "prodigy":
-        with failing_with("--optimizer prodigy: `pip install prodigyopt`"):
-            from prodigyopt import Prodigy
+        from prodigyopt import Prodigy
+
         return Prodigy(
             parameters,
             **common,
@@ -1222,10 +1256,24 @@ def make_optimizer(args, parameters):
             safeguard_warmup=args.prodigy_safeguard_warmup,
         )
     if args.use_8bit_adam:
-        with failing_with("--use_8bit_adam: `pip install bitsandbytes`"):
-            from bitsandbytes.optim import AdamW8bit
+        from bitsandbytes.optim import AdamW8bit
+
         return AdamW8bit(parameters, **common)
     return torch.optim.AdamW(parameters, **common)
+
+
+def make_lr_scheduler(args, optimizer, steps_done=0):
+    """The learning rate's schedule, from optimizer step `steps_done` on."""
+    return get_scheduler(
+        args.lr_scheduler,
+        optimizer,
+        step_rules=args.lr_step_rules,
+        num_warmup_steps=args.lr_warmup_steps,
+        num_training_steps=args.max_train_steps,
+        num_cycles=args.lr_num_cycles,
+        power=args.lr_power,
+        last_epoch=steps_done - 1,
+    )
 
 
 def save_result(args, accelerator, transformer, images):
@@ -1408,6 +1456,15 @@ def main(args):
                 InitProcessGroupKwargs(timeout=datetime.timedelta(hours=12)),
             ],
         )
+    if accelerator.state.deepspeed_plugin is not None:
+        config = accelerator.state.deepspeed_plugin.deepspeed_config
+        config["train_micro_batch_size_per_gpu"] = args.train_batch_size  # read from a prepared data loader otherwise
+        if args.use_ema:
+            fail("--use_ema does not work with DeepSpeed, which hides its float32 weights; use FSDP2 (fsdp2.yaml)")
+    bf16_fsdp = accelerator.is_fsdp2 and accelerator.mixed_precision != "no"
+    if bf16_fsdp:  # its own casting of inputs would round the timestep to 8 bits: autocast does it instead, see below
+        plugin = accelerator.state.fsdp_plugin
+        plugin.mixed_precision_policy = dataclasses.replace(plugin.mixed_precision_policy, cast_forward_inputs=False)
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S", level=logging.INFO)
     logging.getLogger("accelerate").setLevel(logging.WARNING)
     for library in (datasets, diffusers, transformers):
@@ -1415,6 +1472,8 @@ def main(args):
     torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
     device = accelerator.device
     weight_dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
+    if weight_dtype == torch.float16 and device.type == "cpu":
+        fail("--mixed_precision fp16 needs a GPU; use bf16 or no on a CPU")
     global_batch_size = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
     args.cache_dir = args.cache_dir or os.path.join(args.output_dir, "cache")
 
@@ -1440,6 +1499,10 @@ def main(args):
         fail(f"{len(inspected)} images are fewer than one global batch of {global_batch_size}")
     if args.max_train_steps is None:
         args.max_train_steps = math.ceil(args.num_train_epochs * len(inspected) / global_batch_size)
+    with failing_with(f"--lr_scheduler {args.lr_scheduler}, with its --lr_ arguments and --learning_rate"):
+        rehearsal = make_lr_scheduler(args, torch.optim.SGD([torch.zeros(1)], lr=args.learning_rate))
+        for step in (args.lr_warmup_steps, args.max_train_steps):
+            rehearsal.lr_lambdas[0](step)
     captions = [rows["caption"][item["row"]] or "" for item in inspected]
     contents = [[item["digest"], item["size"], caption] for item, caption in zip(inspected, captions, strict=True)]
     state = run_state(args, accelerator, hashlib.sha256(json.dumps(contents).encode()).hexdigest())
@@ -1472,15 +1535,18 @@ def main(args):
     free_memory()
 
     # Model and optimizer
-    with loading(args):
+    with failing_with(f"--resume_from_checkpoint {checkpoint} is damaged") if checkpoint else loading(args):
         transformer = load_transformer(args, folder, weight_dtype, checkpoint)
     if args.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
     transformer.train()
     parameters = [parameter for parameter in transformer.parameters() if parameter.requires_grad]
-    optimizer = make_optimizer(args, parameters)
+    with failing_with(f"--optimizer {args.optimizer}"):
+        optimizer = make_optimizer(args, parameters)
     transformer, optimizer = accelerator.prepare(transformer, optimizer)
     parameters = [parameter for parameter in transformer.parameters() if parameter.requires_grad]  # sharded by now
+    if bf16_fsdp:
+        transformer.forward = accelerator.autocast()(transformer.forward)
     ema = None
     if args.use_ema:
         ema = EMAModel(parameters, decay=args.ema_decay)
@@ -1493,21 +1559,12 @@ def main(args):
     accelerator.register_save_state_pre_hook(save_only_trained)
     accelerator.register_load_state_pre_hook(lambda models, folder: models.clear())  # loaded by `load_transformer`
     if checkpoint:
-        accelerator.load_state(checkpoint)
-        if ema is not None:
-            load_ema(ema, checkpoint)
-            ema.to("cpu" if args.offload_ema else device)
+        with failing_with(f"--resume_from_checkpoint {checkpoint} is damaged"):
+            accelerator.load_state(checkpoint)
+            if ema is not None:
+                load_ema(ema, checkpoint)
         logger.info(f"Resumed from {checkpoint}")
-    lr_scheduler = get_scheduler(
-        args.lr_scheduler,
-        optimizer.optimizer,
-        step_rules=args.lr_step_rules,
-        num_warmup_steps=args.lr_warmup_steps,
-        num_training_steps=args.max_train_steps,
-        num_cycles=args.lr_num_cycles,
-        power=args.lr_power,
-        last_epoch=global_step - 1,
-    )
+    lr_scheduler = make_lr_scheduler(args, optimizer.optimizer, global_step)
     batches = iter(make_dataloader(args, accelerator, images, global_step))
     if args.report_to != "none":
         config = {k: v if isinstance(v, (int, float, str)) else str(v) for k, v in public_arguments(args).items()}
@@ -1559,13 +1616,16 @@ def main(args):
                 accelerator.backward(loss)
                 for name, value in {"loss": loss.detach(), **values}.items():
                     logs[name] += value / args.gradient_accumulation_steps
-        grad_norm = accelerator.clip_grad_norm_(parameters, args.max_grad_norm)
-        logs["grad_norm"] = grad_norm.full_tensor() if hasattr(grad_norm, "full_tensor") else grad_norm  # FSDP2
+        grad_norm = accelerator.clip_grad_norm_(parameters, args.max_grad_norm or math.inf)
+        if hasattr(grad_norm, "full_tensor"):  # FSDP2 gives a sharded tensor, DeepSpeed a float or nothing
+            grad_norm = grad_norm.full_tensor()
+        logs["grad_norm"] = torch.as_tensor(0.0 if grad_norm is None else grad_norm, device=device)
         # The one place of the step where the host waits for the device; a signal to one process stops all.
         values = torch.stack([*logs.values(), torch.tensor(float(len(signals)), device=device)])
         *means, stopping = accelerator.reduce(values, "mean").tolist()
         logs = dict(zip(logs, means, strict=True))
-        if accelerator.scaler is None and not all(map(math.isfinite, means)):
+        checked = means if accelerator.scaler is None else means[:-1]  # fp16's scaler handles its gradient itself
+        if not all(map(math.isfinite, checked)):
             skipped_steps += 1
             what = f"step {global_step + 1}: not finite ({logs}); samples {', '.join(gather_object(names))}"
             if skipped_steps > args.max_skipped_steps:

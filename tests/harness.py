@@ -83,14 +83,14 @@ def start(script, arguments, log, environment=(), setup=lambda: None):
     return process
 
 
-def start_two(script, arguments, log):
+def start_two(script, arguments, log, setup=lambda: None):
     """The same run on two processes that talk over gloo, as `torchrun` would start them."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     common = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     common["ACCELERATE_USE_CPU"] = "true"
-    return [start(script, arguments, log, {**common, "RANK": str(r), "LOCAL_RANK": str(r)}) for r in range(2)]
+    return [start(script, arguments, log, {**common, "RANK": str(r), "LOCAL_RANK": str(r)}, setup) for r in range(2)]
 
 
 def finish(process, log, code=0):
@@ -110,14 +110,14 @@ def identical(one, other):
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
-def losses(folder):
-    """The loss of every optimizer step, the last value where a restart logged a step again."""
+def scalars(folder, name="loss"):
+    """A logged value of every optimizer step, the last one where a restart logged a step again."""
     values = {}
     files = sorted(Path(folder).glob("logs/*/events*"), key=lambda file: file.stat().st_mtime)
     for file in files:
         events = EventAccumulator(str(file)).Reload()
-        if "loss" in events.Tags()["scalars"]:
-            values |= {event.step: event.value for event in events.Scalars("loss")}
+        if name in events.Tags()["scalars"]:
+            values |= {event.step: event.value for event in events.Scalars(name)}
     return values
 
 
@@ -163,8 +163,8 @@ def torture(case, folder, model, photos, kills, rng):
             break  # it was done before the kill
     finish(start(script, command, log), log)
     outcome.identical = identical(whole, broken)
-    expected = losses(whole)
-    outcome.same_losses = len(expected) == 8 and all(expected[s] == v for s, v in losses(broken).items())
+    expected = scalars(whole)
+    outcome.same_losses = len(expected) == 8 and all(expected[s] == v for s, v in scalars(broken).items())
     return outcome
 
 

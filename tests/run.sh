@@ -8,4 +8,4 @@ cd "$(dirname "$0")/.."
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
 # One thread: the tiny model is faster that way, and the sums of a step have one order.
-OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 .venv/bin/python -m pytest "$@"
+OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 .venv/bin/python -m pytest -n 2 --dist worksteal -q "$@"

@@ -1,0 +1,576 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A user's mistake gives one line that names it, before any weights load, and nothing that was there is changed."""
+
+import json
+import logging
+import math
+import shutil
+import struct
+import subprocess
+import sys
+import zlib
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import PHOTOS, ROOT, SCRIPTS, equal, weights
+from diffusers import AutoencoderKL, SD3Transformer2DModel, StableDiffusion3Pipeline
+from PIL import Image, ImageFile
+from safetensors.torch import load_file, save_file
+
+
+SFT, SOAR, LORA = SCRIPTS
+
+
+def contents(folder):
+    """Every file below `folder` with its bytes."""
+    return {path: path.read_bytes() for path in sorted(Path(folder).rglob("*")) if path.is_file()}
+
+
+def forbid_weights(patch):
+    """Fail the test when a model loads. Tokenizers may: captions are counted with them."""
+    load_pipeline = StableDiffusion3Pipeline.from_pretrained
+
+    def load(*inputs, **parts):
+        if "text_encoder" in parts and parts["text_encoder"] is None:
+            return load_pipeline(*inputs, **parts)
+        pytest.fail("text encoders were loaded")
+
+    patch.setattr(StableDiffusion3Pipeline, "from_pretrained", load)
+    for part in (AutoencoderKL, SD3Transformer2DModel):
+        patch.setattr(part, "from_pretrained", lambda *_, **__: pytest.fail("weights were loaded"))
+
+
+@pytest.fixture(scope="module")
+def photos(photos, tmp_path_factory):
+    """The photographs, small: decoding large ones would take most of the time here."""
+    folder = tmp_path_factory.mktemp("small_photos")
+    shutil.copy(photos / "metadata.jsonl", folder)
+    for name in PHOTOS:
+        image = Image.open(photos / f"{name}.png")
+        image.thumbnail((64, 64))
+        image.save(folder / f"{name}.png")
+    return folder
+
+
+@pytest.fixture
+def refuse(run, monkeypatch, capsys, tmp_path):
+    """
+    Run a script that must end with one line, and return that line.
+
+    `code` is 2 where the command line itself is wrong, else 1. No weights may load, unless `after_loading`; every
+    file below `tmp_path` must stay as it was.
+    """
+
+    def refuse_run(script, *arguments, code=1, after_loading=False):
+        before = contents(tmp_path)
+        capsys.readouterr()
+        with monkeypatch.context() as patch, pytest.raises(SystemExit) as exit:
+            if not after_loading:
+                forbid_weights(patch)
+            run(script, *arguments)
+        assert contents(tmp_path) == before
+        if code == 2:
+            assert exit.value.code == 2
+            usage, message = capsys.readouterr().err.splitlines()
+            assert usage == f"usage: {Path(sys.argv[0]).name} ARGUMENTS, see --help"
+        else:
+            message = exit.value.code  # Python prints a text and exits with 1
+            assert isinstance(message, str) and message.startswith("error: ")
+        assert "\n" not in message and len(message) < 1000
+        return message
+
+    return refuse_run
+
+
+@pytest.fixture
+def images(tmp_path):
+    """A function that writes an image folder: `images({"a.png": "a caption"}, column="text")`."""
+
+    def write(captions, column="text", name="images"):
+        folder = tmp_path / name
+        folder.mkdir()
+        with open(folder / "metadata.jsonl", "w") as metadata:
+            for number, (file, caption) in enumerate(captions.items()):
+                Image.new("RGB", (40, 40), (number, 0, 0)).save(folder / file)
+                metadata.write(json.dumps({"file_name": file, column: caption}) + "\n")
+        return folder
+
+    return write
+
+
+@pytest.fixture
+def authors(tmp_path):
+    """A function that writes `--jsonl_path` with the given lines, and four images to name in them: a, b, c, d."""
+
+    def write(*lines):
+        folder = tmp_path / "image_dir"
+        folder.mkdir()
+        for number, name in enumerate("abcd"):
+            Image.new("RGB", (40, 40), (number, 0, 0)).save(folder / f"{name}.png")
+        path = tmp_path / "data.jsonl"
+        lines = [json.dumps(line).encode() if isinstance(line, dict) else line for line in lines]
+        path.write_bytes(b"\n".join(lines) + b"\n")
+        return "--jsonl_path", path, "--image_dir", folder
+
+    return write
+
+
+def altered(pipeline, folder, file, **changes):
+    """A copy of the pipeline in `folder`, with other values in one of its JSON files; `None` removes a key."""
+    shutil.copytree(pipeline, folder)
+    path = folder / file
+    config = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({key: value for key, value in config.items() if value is not None}))
+    return folder
+
+
+# The command line
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("sources", [[], ["--train_data_dir", ".", "--dataset_name", "x"]])
+def test_exactly_one_data_source(script, sources, capsys):
+    module = __import__(script)
+    with pytest.raises(SystemExit) as exit:
+        module.parse_args(["--pretrained_model_name_or_path", "x", *sources])
+    assert exit.value.code == 2
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert "exactly one of --dataset_name, --train_data_dir and --jsonl_path" in message
+    assert ("none" in message) == (not sources)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["--train_data_dir", "nowhere"], ["--train_data_dir nowhere", "no such folder"]),
+        (["--jsonl_path", "nowhere", "--image_dir", "."], ["--jsonl_path nowhere", "no such file"]),
+        (["--jsonl_path", __file__, "--image_dir", "nowhere"], ["--image_dir nowhere", "no such folder"]),
+        (["--jsonl_path", __file__], ["--jsonl_path and --image_dir"]),
+        (["--image_dir", "."], ["--jsonl_path and --image_dir"]),
+        (["--resolution", "40"], ["--resolution", "divisible by 16"]),
+        (["--resolution", "0"], ["--resolution", "at least 16"]),
+        (["--aspect_ratio_buckets", "32,40"], ["--aspect_ratio_buckets", "divisible by 16"]),
+        (["--aspect_ratio_buckets", "32x32"], ["--aspect_ratio_buckets", "32x32"]),
+        (["--train_batch_size", "two"], ["--train_batch_size", "two"]),
+        (["--train_batch_size", "0"], ["--train_batch_size", "at least 1"]),
+        (["--learning_rate", "nan"], ["--learning_rate", "nan"]),
+        (["--learning_rate", "-1"], ["--learning_rate", "at least 0"]),
+        (["--cond_dropout_rate", "1.5"], ["--cond_dropout_rate", "from 0 to 1"]),
+        (["--adam_beta1", "1"], ["--adam_beta1"]),
+        (["--adam_beta2", "1"], ["--adam_beta2"]),
+        (["--max_sequence_length", "513"], ["--max_sequence_length", "512"]),  # the pipeline's limit
+        (["--lambda_aux", "inf"], ["--lambda_aux", "inf"]),
+        (["--logit_mean", "nan"], ["--logit_mean", "nan"]),
+        (["--sigma_upper_ratio", "0.5"], ["--sigma_upper_ratio", "at least 1"]),
+        (["--sde_rollout_type", "euler"], ["--sde_rollout_type", "euler", "flow_sde"]),
+        (["--weighting_scheme", "cosine"], ["--weighting_scheme", "cosine", "cosmap"]),
+        (["--lr_scheduler", "piecewise_constant"], ["--lr_scheduler piecewise_constant", "--lr_step_rules"]),
+        (
+            ["--lr_scheduler", "piecewise_constant", "--lr_step_rules", "1:10;0.1"],
+            ["--lr_step_rules", "1:10;0.1"],
+        ),
+        (["--optimizer", "prodigy", "--use_8bit_adam"], ["--use_8bit_adam", "prodigy"]),
+        (["--report_to", "notes"], ["--report_to notes", "tensorboard"]),
+        (["--report_to", "trackio"], ["--report_to trackio", "pip install trackio"]),
+        (["--max_train_step", "5"], ["--max_train_step"]),
+        (["--lora_rank", "5"], ["--lora_rank"]),
+    ],
+    ids=" ".join,
+)
+def test_command_line(arguments, named, refuse, monkeypatch):
+    """Code 2, and the argument with its value in the line."""
+    monkeypatch.setattr("train_sd3_soar.get_available_trackers", list)
+    data = ["--train_data_dir", "."] if "--image_dir" in arguments and "--jsonl_path" not in arguments else []
+    message = refuse(SOAR, *arguments, *data, code=2)
+    assert all(part in message for part in named), message
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "named"),
+    [
+        ([], 2, "exactly one of --dataset_name, --train_data_dir and --jsonl_path (got none)"),
+        (["--train_data_dir", "{empty}"], 1, "--train_data_dir {empty}"),
+    ],
+)
+def test_as_a_process(arguments, code, named, pipeline, tmp_path):
+    """What a shell sees: the code, one line on stderr, no traceback."""
+    (tmp_path / "empty").mkdir()
+    arguments = [argument.format(empty=tmp_path / "empty") for argument in arguments]
+    command = [sys.executable, ROOT / "train_sd3_soar_lora.py", "--pretrained_model_name_or_path", pipeline]
+    command += ["--output_dir", tmp_path / "out", "--resolution", "32", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == code
+    assert named.format(empty=tmp_path / "empty") in done.stderr.splitlines()[-1]
+    assert "error: " in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr
+
+
+# The data
+
+
+@pytest.mark.parametrize("flag", ["image_column", "caption_column"])
+def test_missing_column(flag, refuse, photos):
+    """The line lists the columns that there are."""
+    message = refuse(SFT, f"--{flag}", "nothing", "--train_data_dir", photos)
+    assert f"--{flag} nothing" in message and "image, text" in message
+
+
+def test_columns_of_another_kind(refuse, tmp_path):
+    import datasets
+
+    rows = {"text": ["a", "b"], "number": [1, 2], "tags": [["a"], ["b"]]}
+    datasets.Dataset.from_dict(rows).to_parquet(tmp_path / "data" / "train.parquet")
+    data = ("--dataset_name", tmp_path / "data")
+    assert "--image_column number" in refuse(SFT, *data, "--image_column", "number")
+    assert "--caption_column tags" in refuse(SFT, *data, "--image_column", "text", "--caption_column", "tags")
+
+
+def test_image_folder_without_captions(refuse, tmp_path, images):
+    folder = images({"a.png": "a", "b.png": "b"})
+    (folder / "metadata.jsonl").unlink()
+    assert "--caption_column text" in refuse(SFT, "--train_data_dir", folder)
+
+
+def test_metadata_names_a_missing_file(refuse, images):
+    folder = images({"a.png": "a", "b.png": "b"})
+    (folder / "b.png").unlink()
+    message = refuse(SFT, "--train_data_dir", folder)
+    assert str(folder / "b.png") in message and "--skip_bad_images" in message
+
+
+@pytest.mark.parametrize("kind", ["truncated", "text", "empty"])
+def test_undecodable_image(kind, refuse, run, images, caplog):
+    """The file is named; with --skip_bad_images it is dropped and counted, and the others train."""
+    folder = images({f"{name}.png": name for name in "abc"})
+    broken = folder / "b.png"
+    Image.effect_noise((64, 64), 50).convert("RGB").save(broken)
+    broken.write_bytes({"truncated": broken.read_bytes()[:2000], "text": b"no image", "empty": b""}[kind])
+    message = refuse(SFT, "--train_data_dir", folder)
+    assert str(broken) in message and "--skip_bad_images" in message
+    caplog.set_level(logging.INFO)
+    run(SFT, "--train_data_dir", folder, "--skip_bad_images", "--max_train_steps", 1)
+    assert f"Dropped {broken}" in caplog.text and "2 images, 1 dropped" in caplog.text
+
+
+def test_missing_image_of_the_jsonl(refuse, authors):
+    lines = [{"md5": name, "caption_en": name} for name in ("a", "missing")]
+    message = refuse(SFT, *authors(*lines))
+    assert "missing.jpg" in message and "--skip_bad_images" in message
+
+
+def png(width, height):
+    """A PNG file that claims a size and holds next to nothing."""
+
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    data = zlib.compress(b"\0" * 1000)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", data) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize("side", [10_000, 20_000])  # PIL warns of the one and refuses the other
+def test_decompression_bomb(side, refuse, images, monkeypatch):
+    """A file that would fill the memory is refused by its header."""
+    folder = images({f"{name}.png": name for name in "abc"})
+    (folder / "b.png").write_bytes(png(side, side))
+    load, loaded = ImageFile.ImageFile.load, []
+    monkeypatch.setattr(ImageFile.ImageFile, "load", lambda self: loaded.append(self.size) or load(self))
+    message = refuse(SFT, "--train_data_dir", folder)
+    assert str(folder / "b.png") in message and "decompression bomb" in message
+    assert (side, side) not in loaded and loaded
+
+
+def test_empty_data_set(refuse, authors, tmp_path):
+    assert "empty" in refuse(SFT, *authors(b"", b"  "))
+    (tmp_path / "nothing").mkdir()
+    assert f"--train_data_dir {tmp_path / 'nothing'}" in refuse(SFT, "--train_data_dir", tmp_path / "nothing")
+
+
+def test_fewer_images_than_a_global_batch(refuse, photos):
+    arguments = ("--train_batch_size", 3, "--gradient_accumulation_steps", 3, "--train_data_dir", photos)
+    message = refuse(SOAR, *arguments)
+    assert "8 images" in message and "global batch of 9" in message
+
+
+def test_skipped_images_may_leave_too_few(refuse, images):
+    folder = images({"a.png": "a", "b.png": "b"})
+    (folder / "b.png").write_bytes(b"no image")
+    assert "1 images" in refuse(SFT, "--train_data_dir", folder, "--skip_bad_images")
+
+
+@pytest.mark.parametrize("caption", ["", "  ", None])
+def test_empty_captions(caption, refuse, images):
+    folder = images(dict.fromkeys(["a.png", "b.png"], caption))
+    message = refuse(SFT, "--train_data_dir", folder)
+    assert "every caption is empty" in message and "--caption_column" in message
+
+
+@pytest.mark.parametrize(
+    ("line", "named"),
+    [
+        (b'{"md5": "b", "caption_en": "x"', "not JSON"),
+        (b"\xff\xfe", "not JSON"),
+        (b'["b", "x"]', "JSON"),
+        (b'{"caption_en": "x"}', "`md5`"),
+        (b'{"md5": 5, "caption_en": "x"}', "`md5`"),
+        (b'{"md5": "b"}', "`caption_en`"),
+        (b'{"md5": "b", "caption_en": "x", "bw": 40, "bh": 32}', "`bw`"),
+        (b'{"md5": "b", "caption_en": "x", "bw": 32, "bh": 33}', "`bh`"),
+        (b'{"md5": "b", "caption_en": "x", "bw": -16, "bh": 32}', "`bw`"),
+        (b'{"md5": "b", "caption_en": "x", "bw": "32", "bh": 32}', "`bw`"),
+        (b'{"md5": "b", "caption_en": "x", "bw": 32.5, "bh": 32}', "`bw`"),
+        (b'{"md5": "b", "caption_en": "x", "bw": 32}', "`bw` and `bh`"),
+        (b'{"md5": "../secret", "caption_en": "x"}', "../secret"),
+        (b'{"md5": "%(folder)s/secret", "caption_en": "x"}', "secret"),
+        (b'{"md5": "link", "caption_en": "x"}', "link"),
+        (b'{"md5": "b\\u0000", "caption_en": "x"}', "`md5`"),
+        (b'{"md5": "%(long)s", "caption_en": "x"}', "`md5`"),
+    ],
+    ids=str,
+)
+def test_bad_line_in_the_jsonl(line, named, refuse, authors, tmp_path):
+    """The line's number and what is wrong; a name that leads out of --image_dir is never opened."""
+    Image.new("RGB", (40, 40)).save(tmp_path / "secret.png")
+    line = line.replace(b"%(folder)s", str(tmp_path).encode()).replace(b"%(long)s", b"b" * 300)
+    arguments = authors({"md5": "a", "caption_en": "x"}, b"", line, {"md5": "c", "caption_en": "x"})
+    (tmp_path / "image_dir" / "link.png").symlink_to(tmp_path / "secret.png")
+    message = refuse(SFT, *arguments)
+    assert f"{tmp_path / 'data.jsonl'}, line 3" in message and named in message
+
+
+def test_size_that_the_model_cannot_take(refuse, authors):
+    """The tiny pipeline has positions for 256 pixels."""
+    lines = [{"md5": name, "caption_en": name, "bw": side, "bh": 32} for name, side in (("a", 32), ("b", 512))]
+    message = refuse(SFT, *authors(*lines))
+    assert "b.png" in message and "512" in message and "256" in message
+    assert "--resolution" in refuse(SFT, "--resolution", 512)
+
+
+@pytest.mark.parametrize("name", ["nobody/nothing", "a/b/c/d"])
+def test_data_set_that_does_not_exist(name, refuse):
+    assert f"--dataset_name {name}" in refuse(SFT, "--dataset_name", name)
+
+
+# The model
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_scheduler_with_dynamic_shifting(script, refuse, pipeline, tmp_path):
+    model = altered(pipeline, tmp_path / "model", "scheduler/scheduler_config.json", use_dynamic_shifting=True)
+    message = refuse(script, "--pretrained_model_name_or_path", model)
+    assert str(model) in message and "dynamic shifting" in message
+
+
+@pytest.mark.parametrize(
+    ("file", "changes"),
+    [
+        ("model_index.json", {"_class_name": "StableDiffusionXLPipeline"}),
+        ("model_index.json", None),
+        ("scheduler/scheduler_config.json", None),
+        ("transformer/config.json", None),
+        ("transformer/config.json", {"pos_embed_max_size": None, "_class_name": "FluxTransformer2DModel"}),
+    ],
+    ids=str,
+)
+def test_no_pipeline(file, changes, refuse, pipeline, tmp_path):
+    """Another pipeline, a missing config, or another model under a familiar name."""
+    model = altered(pipeline, tmp_path / "model", file, **(changes or {}))
+    if changes is None:
+        (model / file).unlink()
+    message = refuse(SFT, "--pretrained_model_name_or_path", model)
+    assert f"--pretrained_model_name_or_path {model}" in message and "Stable Diffusion 3 pipeline" in message
+
+
+@pytest.mark.parametrize("name", ["nobody/nothing", "nowhere", "a/b/c"])
+def test_model_that_does_not_exist(name, refuse):
+    assert f"--pretrained_model_name_or_path {name}" in refuse(SFT, "--pretrained_model_name_or_path", name)
+
+
+@pytest.mark.parametrize("part", ["vae", "text_encoder", "transformer"])
+def test_pickle_is_never_loaded(part, refuse, pipeline, tmp_path, monkeypatch):
+    """A model folder with `.bin` weights runs no code of theirs."""
+    model = tmp_path / "model"
+    shutil.copytree(pipeline, model)
+    (file,) = (model / part).glob("*.safetensors")
+    name = "pytorch_model.bin" if part == "text_encoder" else "diffusion_pytorch_model.bin"
+    torch.save(load_file(file), file.with_name(name))
+    file.unlink()
+    monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("a pickle was loaded"))
+    message = refuse(SFT, "--pretrained_model_name_or_path", model)
+    assert f"--pretrained_model_name_or_path {model}" in message and "safetensors" in message
+
+
+def test_damaged_weights(refuse, pipeline, tmp_path):
+    """A download that broke off."""
+    model = tmp_path / "model"
+    shutil.copytree(pipeline, model)
+    file = model / "transformer" / "diffusion_pytorch_model.safetensors"
+    file.write_bytes(file.read_bytes()[:5000])
+    message = refuse(SFT, "--pretrained_model_name_or_path", model, after_loading=True)
+    assert f"--pretrained_model_name_or_path {model}" in message
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["--lora_layers", "attn.to_q,attn.query"], "attn.query"),
+        (["--lora_layers", "nothing"], "nothing"),
+        (["--lora_layers", "attn"], "--lora_layers attn"),
+        (["--lora_layers", "attn2.to_q", "--lora_blocks", "2"], "attn2.to_q"),
+        (["--lora_blocks", "0,7"], "--lora_blocks 0,7"),
+        (["--lora_blocks", "first"], "--lora_blocks first"),
+        (["--bnb_quantization_config_path", __file__], "--bnb_quantization_config_path"),
+    ],
+    ids=str,
+)
+def test_lora_that_cannot_be(arguments, named, refuse):
+    """Layers and blocks that the model does not have (attn2 is in blocks 0 and 1), and 4-bit weights without a GPU."""
+    message = refuse(LORA, *arguments)
+    assert arguments[0] in message and named in message
+
+
+@pytest.mark.parametrize("text", [None, "{", "[]", '{"load_in_4bit": "yes"}', '{"bits": 4}'])
+def test_bad_quantization_config(text, refuse, tmp_path, monkeypatch):
+    """Refused where there is a GPU, too: a missing file, no JSON, no object, a wrong value, an unknown name."""
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    path = tmp_path / "bnb.json"
+    if text is not None:
+        path.write_text(text)
+    assert f"--bnb_quantization_config_path {path}" in refuse(LORA, "--bnb_quantization_config_path", path)
+
+
+def test_half_precision_without_a_gpu(refuse):
+    assert "--mixed_precision" in refuse(SFT, "--mixed_precision", "fp16")
+
+
+# Folders and checkpoints
+
+
+@pytest.mark.parametrize("flag", ["--output_dir", "--cache_dir"])
+@pytest.mark.parametrize("path", ["file", "file/out"])
+def test_folder_that_cannot_be_written(flag, path, refuse, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    message = refuse(SFT, flag, tmp_path / path)
+    assert flag in message and str(tmp_path / path) in message
+
+
+def test_cache_that_does_not_fit(refuse, photos, tmp_path, monkeypatch):
+    """Before any work: nothing is encoded, nothing is written."""
+    usage = shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    for part in ("encode", "decode"):
+        monkeypatch.setattr(AutoencoderKL, part, lambda *_, **__: pytest.fail("an image was encoded"))
+    monkeypatch.setattr(StableDiffusion3Pipeline, "encode_prompt", lambda *_, **__: pytest.fail("encoded"))
+    arguments = ("--cache_latents", "--cache_prompt_embeds", "--cache_dir", tmp_path / "cache")
+    message = refuse(SFT, *arguments, after_loading=True)
+    assert f"--cache_dir {tmp_path / 'cache'}" in message and "free" in message
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_another_run_is_not_written_over(script, run, refuse):
+    """Neither its result nor its checkpoints, unless asked to."""
+    out = run(script, "--max_train_steps", 1, "--checkpointing_steps", 1)
+    message = refuse(script)
+    assert f"--output_dir {out}" in message and "--overwrite_output_dir" in message
+    shutil.rmtree(out / "checkpoint-1")
+    assert f"--output_dir {out}" in refuse(script)
+    before = weights(out)
+    after = weights(run(script, "--overwrite_output_dir"))
+    assert any(not torch.equal(after[name], before[name]) for name in after)
+
+
+@pytest.mark.parametrize("wanted", ["checkpoint-7", "nowhere", "{out}/checkpoint-3"])
+def test_checkpoint_that_does_not_exist(wanted, refuse, tmp_path):
+    """Nor does an unfinished one count, without `trainer_state.json`."""
+    (tmp_path / "out" / "checkpoint-3").mkdir(parents=True)
+    (tmp_path / "out" / "checkpoint-3" / "random_states_0.pkl").write_text("")
+    wanted = wanted.format(out=tmp_path / "out")
+    assert f"--resume_from_checkpoint {wanted}" in refuse(SFT, "--resume_from_checkpoint", wanted)
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments", "named"),
+    [
+        (SOAR, [], ["train_sd3_soar_lora.py", "train_sd3_soar.py"]),
+        (LORA, ["--rank", 8], ["--rank", "4", "8"]),
+        (LORA, ["--learning_rate", 0.5], ["--learning_rate", "0.001", "0.5"]),
+        (LORA, ["--seed", 5], ["--seed", "0", "5"]),
+        (LORA, ["--gradient_accumulation_steps", 2], ["batch", "2", "4"]),
+    ],
+)
+def test_checkpoint_of_another_run(script, arguments, named, run, refuse, tmp_path):
+    """Of another script, rank, learning rate, seed or batch: the line says what it was there and is now."""
+    run(LORA, "--rank", 4, "--max_train_steps", 1, "--checkpointing_steps", 1)
+    rank = [] if script == SOAR or "--rank" in arguments else ["--rank", 4]
+    message = refuse(script, *rank, *arguments, "--resume_from_checkpoint", "latest")
+    assert "checkpoint-1" in message and all(part in message for part in named), message
+
+
+@pytest.mark.parametrize("missing", ["transformer", "optimizer.bin", "ema.safetensors"])
+def test_damaged_checkpoint(missing, run, refuse, tmp_path):
+    """The line names the checkpoint, not the model."""
+    out = run(SFT, "--use_ema", "--max_train_steps", 1, "--checkpointing_steps", 1)
+    part = out / "checkpoint-1" / missing
+    shutil.rmtree(part) if part.is_dir() else part.unlink()
+    message = refuse(SFT, "--use_ema", "--resume_from_checkpoint", "latest", after_loading=True)
+    assert "checkpoint-1" in message.split(":")[1], message
+
+
+# The run
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_loss_that_is_not_finite(what, script, run, monkeypatch, tmp_path):
+    """
+    The run ends with the step, the files of the batch and the last checkpoint, which stays as it was: the run goes on
+    from there as if nothing had been.
+    """
+    arguments = ("--checkpointing_steps", 2, "--max_train_steps", 4)
+    whole = run(script, *arguments, "--output_dir", tmp_path / "whole")
+    module = __import__(script)
+    forward, training_losses, batches = SD3Transformer2DModel.forward, module.training_losses, []
+
+    def counted(args, accelerator, transformer, batch, *rest):
+        batches.append(batch["name"])
+        return training_losses(args, accelerator, transformer, batch, *rest)
+
+    def diverging(self, *inputs, **more):
+        (output,) = forward(self, *inputs, **more)
+        if len(batches) == 3 and what == "loss":
+            output = output * math.nan
+        if len(batches) == 3 and what == "gradient" and output.requires_grad:
+            output.register_hook(lambda gradient: gradient * math.inf)
+        return (output,)
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as exit:
+        patch.setattr(module, "training_losses", counted)
+        patch.setattr(SD3Transformer2DModel, "forward", diverging)
+        run(script, *arguments)
+    message, out = exit.value.code, tmp_path / "out"
+    assert "step 3" in message and "not finite" in message and str(out / "checkpoint-2") in message
+    assert all(name in message for name in batches[2]) and len(batches[2]) == 2
+    assert {path.name.split(".")[0] for path in map(Path, batches[2])} <= PHOTOS.keys()
+    assert equal(out / "checkpoint-2", whole / "checkpoint-2")
+    assert {path.name for path in out.iterdir()} == {"cache", "checkpoint-2"}
+    assert equal(run(script, *arguments, "--resume_from_checkpoint", "latest"), whole)
+
+
+def test_cached_latent_that_is_not_finite(run, tmp_path, photos):
+    """The image is among the named ones."""
+    out = run(SFT, "--cache_latents", "--center_crop")
+    for file in (out / "cache" / "latents").rglob("*.safetensors"):
+        save_file({"moments": load_file(file)["moments"] * math.nan}, file)
+    with pytest.raises(SystemExit, match=r"step 1: .*not finite.*Last checkpoint: none") as exit:
+        run(SFT, "--cache_latents", "--center_crop", "--overwrite_output_dir")
+    assert sum(str(photos / f"{name}.png") in exit.value.code for name in PHOTOS) == 2
+
+
+def test_upload_that_fails_leaves_the_result(run, tmp_path, monkeypatch):
+    """One line, after the result was written."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(SystemExit, match="--push_to_hub someone/something: the result is safe in") as exit:
+        run(LORA, "--push_to_hub", "--hub_model_id", "someone/something")
+    assert "\n" not in exit.value.code
+    assert (tmp_path / "out" / "pytorch_lora_weights.safetensors").exists()

@@ -1,0 +1,606 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What reaches the model: images, captions and their order, from each data source, encoded online or from a cache."""
+
+import io
+import json
+import logging
+import math
+import shlex
+import shutil
+from collections import Counter
+from itertools import islice
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from accelerate import PartialState
+from conftest import PHOTOS, weights
+from diffusers import StableDiffusion3Pipeline
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+import train_sd3_soar as script
+
+
+RED, GREEN, BLUE = (250, 10, 20), (10, 250, 20), (20, 10, 250)
+
+
+@pytest.fixture
+def samples(pipeline, tmp_path, caplog):
+    """A function that reads the data of a command line as the scripts do, and returns their `TrainingImages`."""
+
+    def read(*arguments, resolution=32):
+        PartialState()
+        caplog.set_level(logging.INFO)
+        arguments = ["--pretrained_model_name_or_path", pipeline, "--resolution", resolution, "--seed", 0, *arguments]
+        args = script.parse_args([str(argument) for argument in arguments])
+        args.cache_dir = tmp_path / "cache"
+        rows = script.load_images(args)
+        return script.TrainingImages(args, rows, script.inspect_images(args, script.check_model(args), rows), {})
+
+    return read
+
+
+def solid(color, mode="RGB", size=(40, 40)):
+    return Image.new("RGB", size, color).convert(mode)
+
+
+def color(sample):
+    """Mean colour of the pixels of a sample."""
+    return sample["pixels"].float().mean((1, 2)).tolist()
+
+
+def positions(width, height):
+    """An image whose pixel at (x, y) has the colour (x, y, 7)."""
+    y, x = np.mgrid[:height, :width]
+    return Image.fromarray(np.stack([x, y, np.full_like(x, 7)], -1).astype(np.uint8))
+
+
+def folder_of(folder, images, **captions):
+    """Write an image folder of PIL images by file name."""
+    folder.mkdir()
+    with open(folder / "metadata.jsonl", "w") as metadata:
+        for name, image in images.items():
+            image.save(folder / name)
+            metadata.write(json.dumps({"file_name": name, "text": captions.get(name, name)}) + "\n")
+    return folder
+
+
+# Sources
+
+
+@pytest.mark.parametrize("embedded", [True, False])
+def test_dataset_name(embedded, samples, tmp_path):
+    """A folder of parquet files, as on the hub: bytes of many kinds of image, or paths, with columns of any name."""
+    sixteen = Image.fromarray(np.full((40, 40), 128 * 257, np.uint16))
+    kinds = {
+        "rgb.png": (solid(RED), RED),
+        "rgba.png": (solid(GREEN, "RGBA"), GREEN),
+        "grey.png": (Image.new("L", (40, 40), 90), (90, 90, 90)),
+        "sixteen.png": (sixteen, (128, 128, 128)),
+        "palette.gif": (solid(BLUE, "P"), BLUE),
+        "cmyk.jpg": (Image.new("CMYK", (40, 40), (0, 255, 255, 0)), (255, 0, 0)),
+    }
+    files = []
+    for name, (image, _) in kinds.items():
+        file = io.BytesIO()
+        image.save(file, {"jpg": "jpeg"}.get(name[-3:], name[-3:]))
+        (tmp_path / name).write_bytes(file.getvalue())
+        files.append({"bytes": file.getvalue(), "path": name} if embedded else str(tmp_path / name))
+    rows = datasets.Dataset.from_dict({"words": [f"a {name}" for name in kinds], "picture": files})
+    rows = rows.cast_column("picture", datasets.Image())
+    (tmp_path / "set" / "data").mkdir(parents=True)
+    rows.to_parquet(tmp_path / "set" / "data" / "train-00000-of-00001.parquet")
+    images = samples("--dataset_name", tmp_path / "set", "--image_column", "picture", "--caption_column", "words")
+    assert len(images) == len(kinds)
+    for index, (name, (_, expected)) in enumerate(kinds.items()):
+        sample = images[index, index]
+        assert sample["caption"] == f"a {name}" and name in sample["name"]
+        assert sample["pixels"].shape == (3, 32, 32) and sample["pixels"].dtype == torch.uint8
+        assert color(sample) == pytest.approx(expected, abs=12), name
+
+
+def test_dataset_config_name(samples, tmp_path):
+    """It chooses among the configurations that a data set declares."""
+    (tmp_path / "set").mkdir()
+    configs = "".join(f"- config_name: {name}\n  data_files: {name}.parquet\n" for name in ("one", "two"))
+    (tmp_path / "set" / "README.md").write_text(f"---\nconfigs:\n{configs}---\n")
+    for name, value in (("one", RED), ("two", BLUE)):
+        rows = datasets.Dataset.from_dict({"image": [solid(value)], "text": [name]})
+        rows.cast_column("image", datasets.Image()).to_parquet(tmp_path / "set" / f"{name}.parquet")
+    for name, value in (("one", RED), ("two", BLUE)):
+        images = samples("--dataset_name", tmp_path / "set", "--dataset_config_name", name)
+        assert images[0, 0]["caption"] == name and color(images[0, 0]) == pytest.approx(value)
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "csv"])
+def test_train_data_dir(kind, samples, tmp_path, caplog):
+    """Captions belong to their file, in subfolders too; images that the metadata leaves out are counted, not used."""
+    folder = tmp_path / "images"
+    (folder / "more").mkdir(parents=True)
+    listed = {"a.png": RED, "more/b.png": GREEN, "c.png": BLUE}
+    for name, value in {**listed, "d.png": RED, "more/e.png": RED}.items():
+        solid(value).save(folder / name)
+    lines = [f'{name},"a {name}, here"' for name in reversed(listed)]
+    if kind == "jsonl":
+        lines = [json.dumps({"file_name": name, "text": f"a {name}, here"}) for name in reversed(listed)]
+    (folder / f"metadata.{kind}").write_text("\n".join(["file_name,text"] * (kind == "csv") + lines))
+    images = samples("--train_data_dir", folder)
+    found = {images[i, i]["caption"]: color(images[i, i]) for i in range(len(images))}
+    assert found == {f"a {name}, here": pytest.approx(value) for name, value in listed.items()}
+    assert {images[i, i]["name"] for i in range(len(images))} == {str(folder / name) for name in listed}
+    assert "2 images" in caplog.text and "not listed" in caplog.text
+
+
+def test_authors_format(samples, tmp_path):
+    """Four kinds of file, captions as text or as an object in a text, and a size for each image."""
+    long, medium, short = ({f"{kind}_caption": kind} for kind in ("long", "medium", "short"))
+    captions = {
+        "a": ("jpg", "plain", "plain"),
+        "b": ("jpeg", "{not an object", "{not an object"),
+        "c": ("png", json.dumps({"text": "text", **short, **medium, **long}), "long"),
+        "d": ("webp", json.dumps({"text": "text", **short, **medium, "long_caption": ""}), "medium"),
+        "e": ("png", json.dumps({"text": "text", **short, "medium_caption": None}), "short"),
+        "f": ("png", json.dumps({"text": "text", "short_caption": "  "}), "text"),
+        "g": ("png", {"text": "text", "other": "other"}, "text"),
+        "h": ("png", json.dumps({"other": "other"}), ""),
+    }
+    (tmp_path / "images").mkdir()
+    with open(tmp_path / "data.jsonl", "w") as file:
+        for number, (name, (suffix, caption, _)) in enumerate(captions.items()):
+            solid((20 * number, 0, 0)).save(tmp_path / "images" / f"{name}.{suffix}")
+            size = {"bw": 48, "bh": 32} if name != "b" else {}
+            file.write(json.dumps({"md5": name, "caption_en": caption, **size}) + "\n\n")
+    images = samples("--jsonl_path", tmp_path / "data.jsonl", "--image_dir", tmp_path / "images", resolution=64)
+    assert len(images) == len(captions)
+    for number, (name, (suffix, _, expected)) in enumerate(captions.items()):
+        sample = images[number, number]
+        assert sample["caption"] == expected
+        assert Path(sample["name"]).name == f"{name}.{suffix}"
+        assert color(sample)[0] == pytest.approx(20 * number, abs=3)
+        assert sample["pixels"].shape == ((3, 64, 64) if name == "b" else (3, 32, 48))
+
+
+def test_max_train_samples(samples, photos):
+    """The first N, and all where there are fewer."""
+    images = samples("--train_data_dir", photos, "--max_train_samples", 3)
+    assert [images[i, i]["caption"] for i in range(len(images))] == list(PHOTOS.values())[:3]
+    assert len(samples("--train_data_dir", photos, "--max_train_samples", 30)) == 8
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_what_reaches_the_model(cached, run, monkeypatch, photos, pipeline):
+    """Each photograph and caption is encoded once an epoch; a sample has the latents and embeddings of one pair."""
+    pixels, prompts, batches = [], [], []
+    encode_images, encode_prompts, losses = script.encode_images, script.encode_prompts, script.training_losses
+
+    def see_images(vae, tensor, device):
+        pixels.append(tensor.clone())
+        return encode_images(vae, tensor, device)
+
+    def see_prompts(args, pipeline, texts, device):
+        prompts.append(texts)
+        return encode_prompts(args, pipeline, texts, device)
+
+    def see_batch(args, accelerator, transformer, batch, *rest):
+        batches.append(batch)
+        return losses(args, accelerator, transformer, batch, *rest)
+
+    monkeypatch.setattr(script, "encode_images", see_images)
+    monkeypatch.setattr(script, "encode_prompts", see_prompts)
+    monkeypatch.setattr(script, "training_losses", see_batch)
+    flags = ["--cache_latents", "--cache_prompt_embeds"] if cached else []
+    run("train_sd3_soar", "--trajectory_length", 0, "--center_crop", "--max_train_steps", 4, *flags)
+
+    expected = {}
+    for name in PHOTOS:
+        image = Image.open(photos / f"{name}.png").convert("RGB")
+        scale = 32 / min(image.size)
+        size = [max(32, round(side * scale)) for side in image.size]
+        left, top = ((side - 32) / 2 for side in size)
+        small = np.array(image.resize(size, Image.Resampling.LANCZOS))
+        expected[name] = small[round(top) : round(top) + 32, round(left) : round(left) + 32]
+    seen = [image.permute(1, 2, 0).numpy() for tensor in pixels for image in tensor]
+    captions = [text for texts in prompts for text in texts if text]
+    assert sorted(captions) == sorted(PHOTOS.values())
+    assert len(seen) == 8
+    for name, image in expected.items():
+        assert sum(np.array_equal(image, other) for other in seen) == 1, name
+
+    pipe = StableDiffusion3Pipeline.from_pretrained(pipeline)
+    for batch in batches:
+        for i, file in enumerate(batch["name"]):
+            name = Path(file).stem
+            with torch.no_grad():
+                embeds, _, pooled, _ = pipe.encode_prompt(
+                    *[PHOTOS[name]] * 3, do_classifier_free_guidance=False, max_sequence_length=16
+                )
+                image = torch.from_numpy(expected[name]).permute(2, 0, 1)[None] / 127.5 - 1
+                distribution = pipe.vae.encode(image).latent_dist
+            torch.testing.assert_close(batch["prompt_embeds"][i], embeds[0], rtol=0, atol=1e-4)
+            torch.testing.assert_close(batch["pooled_prompt_embeds"][i], pooled[0], rtol=0, atol=1e-4)
+            drawn = batch["latents"][i] / pipe.vae.config.scaling_factor + pipe.vae.config.shift_factor
+            standard = (drawn - distribution.mean[0]) / distribution.std[0]
+            assert 0.8 < standard.std() < 1.2 and standard.abs().max() < 6
+
+
+# Pixels
+
+
+def test_exif_rotation(samples, tmp_path):
+    """A photograph that a camera stored on its side: upright before its size and crop are chosen."""
+    upright = positions(96, 32)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn by 90 degrees clockwise to show it
+    (tmp_path / "images").mkdir()
+    upright.rotate(90, expand=True).save(tmp_path / "images" / "a.png", exif=exif)
+    (tmp_path / "images" / "metadata.jsonl").write_text('{"file_name": "a.png", "text": "a"}')
+    images = samples("--train_data_dir", tmp_path / "images", "--aspect_ratio_buckets", "32,96;96,32")
+    assert torch.equal(images[0, 0]["pixels"], torch.from_numpy(np.array(upright)).permute(2, 0, 1))
+
+
+@pytest.mark.parametrize(("width", "height", "left", "top"), [(48, 32, 8, 0), (32, 62, 0, 15), (35, 32, 2, 0)])
+def test_center_crop(width, height, left, top, samples, tmp_path):
+    """Exactly the middle where the image needs no resizing; the same at every position of the run."""
+    folder = folder_of(tmp_path / "images", {"a.png": positions(width, height)})
+    images = samples("--train_data_dir", folder, "--center_crop")
+    for position in (0, 1, 2):
+        pixels = images[0, position]["pixels"]
+        assert pixels[0, 0].tolist() == list(range(left, left + 32))
+        assert pixels[1, :, 0].tolist() == list(range(top, top + 32))
+
+
+def test_resize(samples, tmp_path):
+    """The shorter side fills the size, the aspect ratio stays, for images larger and smaller than it."""
+    folder = folder_of(tmp_path / "images", {"a.png": positions(192, 128), "b.png": positions(24, 16)})
+    images = samples("--train_data_dir", folder, "--center_crop")
+    for index, scale in ((0, 4), (1, 0.5)):
+        pixels = images[index, 0]["pixels"].float()
+        middle = (torch.arange(32) + 8 + 0.5) * scale - 0.5
+        assert (pixels[0].mean(0) - middle).abs()[2:-2].max() < 1
+        middle = (torch.arange(32) + 0.5) * scale - 0.5
+        assert (pixels[1].mean(1) - middle).abs()[2:-2].max() < 1
+
+
+def test_random_crop(samples, tmp_path):
+    """Every part of the image comes up, whole and unscaled; a position of the run always gives the same one."""
+    folder = folder_of(tmp_path / "images", {"a.png": positions(48, 32), "b.png": positions(32, 48)})
+    images = samples("--train_data_dir", folder)
+    for index, channel in ((0, 0), (1, 1)):
+        offsets = []
+        for position in range(200):
+            pixels = images[index, position]["pixels"]
+            offsets.append(int(pixels[channel].min()))
+            line = pixels[0, 0] if channel == 0 else pixels[1, :, 0]
+            assert line.tolist() == list(range(offsets[-1], offsets[-1] + 32))
+        assert set(offsets) == set(range(17))
+        assert torch.equal(images[index, 5]["pixels"], images[index, 5]["pixels"])
+
+
+def test_random_flip(samples, tmp_path):
+    """Half of the samples, mirrored left to right; none without the flag."""
+    folder = folder_of(tmp_path / "images", {"a.png": positions(32, 32)})
+    straight = torch.from_numpy(np.array(positions(32, 32))).permute(2, 0, 1)
+    images = samples("--train_data_dir", folder, "--random_flip")
+    flipped = 0
+    for position in range(200):
+        pixels = images[0, position]["pixels"]
+        flipped += torch.equal(pixels, straight.flip(2))
+        assert torch.equal(pixels, straight) or torch.equal(pixels, straight.flip(2))
+    assert 70 < flipped < 130
+    images = samples("--train_data_dir", folder)
+    assert all(torch.equal(images[0, position]["pixels"], straight) for position in range(20))
+
+
+@pytest.mark.parametrize("flags", [["--use_aspect_ratio_buckets"], ["--aspect_ratio_buckets", "32,64;64,32;48,48"]])
+def test_aspect_ratio_buckets(flags, samples, tmp_path, caplog):
+    """Every image in the shape nearest to its own; a batch holds one shape; the log counts them all."""
+    shapes = {"wide": (120, 60), "tall": (60, 120), "square": (80, 80), "wider": (160, 60)}
+    folder = folder_of(tmp_path / "images", {f"{n}{i}.png": solid(RED, size=shapes[n]) for n in shapes for i in "01"})
+    images = samples("--train_data_dir", folder, *flags, resolution=48)
+    sizes = {item["name"].rpartition("/")[2][:-5]: item["size"] for item in images.inspected}
+    assert sizes["wide"][0] < sizes["wide"][1] and sizes["tall"][0] > sizes["tall"][1]
+    assert sizes["square"] == (48, 48)
+    assert sizes["wider"][1] / sizes["wider"][0] >= sizes["wide"][1] / sizes["wide"][0]
+    if len(flags) == 2:
+        assert sizes == {"wide": (32, 64), "tall": (64, 32), "square": (48, 48), "wider": (32, 64)}
+    assert all(side % 16 == 0 for size in sizes.values() for side in size)
+    assert all(48 * 48 * 0.6 < height * width < 48 * 48 * 1.6 for height, width in sizes.values())
+    sampler = script.BucketBatchSampler([item["size"] for item in images.inspected], 2, seed=0)
+    for keys in islice(sampler, 8):
+        batch = script.collate([images[key] for key in keys])
+        height, width = images.inspected[keys[0][0]]["size"]
+        assert batch["pixels"].shape == (2, 3, height, width)
+    assert "8 images, 0 dropped" in caplog.text and "48x48" in caplog.text
+
+
+# Order
+
+
+SIZES = {
+    "one": [(32, 32)] * 12,
+    "one with a remainder": [(32, 32)] * 11,
+    "buckets": [(32, 32), (32, 64), (64, 32)] * 4,
+    "buckets with remainders": [(32, 32)] * 7 + [(32, 64)] * 3 + [(64, 32)],
+}
+
+
+def batches(name, count, **more):
+    return list(islice(script.BucketBatchSampler(SIZES[name], 4, **{"seed": 3, **more}), count))
+
+
+@pytest.mark.parametrize("name", ["one", "buckets"])
+def test_every_sample_once_an_epoch(name):
+    """Where the batches come out even, an epoch is a permutation, another one every time."""
+    epochs = [batches(name, 9)[3 * epoch : 3 * epoch + 3] for epoch in range(3)]
+    for epoch in epochs:
+        assert sorted(index for batch in epoch for index, _ in batch) == list(range(12))
+    assert epochs[0] != epochs[1] != epochs[2]
+    order = [[[index for index, _ in batch] for batch in batches(name, 3, seed=seed)] for seed in (3, 4)]
+    assert order[0] != order[1]
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_remainders_are_carried_over(name):
+    """What fills no batch opens a later one: in four epochs of four-sample batches, every sample comes four times."""
+    sizes = SIZES[name]
+    stream = batches(name, 3 * len(sizes))
+    for batch in stream:
+        assert len(batch) == 4 and len({sizes[index] for index, _ in batch}) == 1
+    for start in range(0, len(stream), len(sizes)):
+        seen = Counter(index for batch in stream[start : start + len(sizes)] for index, _ in batch)
+        assert seen == dict.fromkeys(range(len(sizes)), 4)
+    assert [position for batch in stream for _, position in batch] == list(range(12 * len(sizes)))
+
+
+def test_one_size_is_a_stream_of_permutations():
+    order = [index for batch in batches("one with a remainder", 33) for index, _ in batch]
+    passes = [order[start : start + 11] for start in range(0, len(order), 11)]
+    assert all(sorted(one) == list(range(11)) for one in passes)
+    assert len(set(map(tuple, passes))) == len(passes)
+
+
+@pytest.mark.parametrize("start", [0, 2, 5, 30])
+@pytest.mark.parametrize("num_processes", [1, 2, 3])
+@pytest.mark.parametrize("name", SIZES)
+def test_processes_and_restarts_share_one_sequence(name, num_processes, start):
+    """Processes take turns, and a restart goes on where the run ended."""
+    whole = batches(name, start + 30)[start:]
+    parts = [
+        batches(name, 30 // num_processes, start=start, num_processes=num_processes, process_index=i)
+        for i in range(num_processes)
+    ]
+    assert [batch for turn in zip(*parts, strict=True) for batch in turn] == whole
+
+
+# Caches
+
+
+@pytest.fixture
+def encoded(monkeypatch):
+    """A dictionary that counts images and prompts that are encoded, and loadings of the text encoders."""
+    import train_sd3_sft
+
+    counts = {"images": 0, "prompts": 0, "loadings": 0}
+    encode_images, encode_prompt = train_sd3_sft.encode_images, StableDiffusion3Pipeline.encode_prompt
+    load = StableDiffusion3Pipeline.from_pretrained
+
+    def count_images(vae, pixels, device):
+        counts["images"] += len(pixels)
+        return encode_images(vae, pixels, device)
+
+    def count_prompts(self, prompt, *inputs, **more):
+        counts["prompts"] += 0 if prompt is None else len(prompt)
+        return encode_prompt(self, prompt, *inputs, **more)
+
+    def count_loadings(*inputs, **parts):
+        counts["loadings"] += "text_encoder" not in parts
+        return load(*inputs, **parts)
+
+    monkeypatch.setattr(train_sd3_sft, "encode_images", count_images)
+    monkeypatch.setattr(StableDiffusion3Pipeline, "encode_prompt", count_prompts)
+    monkeypatch.setattr(StableDiffusion3Pipeline, "from_pretrained", count_loadings)
+    return counts
+
+
+CACHED = ("train_sd3_sft", "--cache_latents", "--cache_prompt_embeds", "--max_train_steps", 1)
+
+
+@pytest.fixture
+def filled(run, photos, tmp_path, tmp_path_factory, request):
+    """A cache of the photographs and their captions, and an own copy of both: `(cache folder, image folder)`."""
+    store = request.module.__dict__.setdefault("filled_cache", tmp_path_factory.getbasetemp() / "filled_cache")
+    if not store.exists():
+        run(*CACHED, "--cache_dir", store, "--output_dir", tmp_path / "first")
+    shutil.copytree(store, tmp_path / "cache")
+    shutil.copytree(photos, tmp_path / "photos")
+    return tmp_path / "cache", tmp_path / "photos"
+
+
+def rename(folder, model):
+    (folder / "rocket.png").rename(folder / "another name.png")
+    metadata = folder / "metadata.jsonl"
+    lines = metadata.read_text().replace("rocket.png", "another name.png").splitlines()
+    metadata.write_text("\n".join(reversed(lines)))
+
+
+def change_caption(folder, model):
+    metadata = folder / "metadata.jsonl"
+    metadata.write_text(metadata.read_text().replace("a rocket on", "a missile on"))
+
+
+def change_image(folder, model):
+    image = Image.open(folder / "rocket.png")
+    image.putpixel((9, 9), (1, 2, 3))
+    image.save(folder / "rocket.png")
+
+
+def change_weights(folder, model, part):
+    (file,) = (model / part).glob("*.safetensors")
+    tensors = load_file(file)
+    name = sorted(tensors)[-1]
+    tensors[name] = tensors[name] + 0.5
+    save_file(tensors, file, {"format": "pt"})
+
+
+def change_vae(folder, model):
+    change_weights(folder, model, "vae")
+
+
+def change_text_encoder(folder, model):
+    change_weights(folder, model, "text_encoder_3")
+
+
+def nothing(folder, model):
+    pass
+
+
+@pytest.mark.parametrize(
+    ("change", "flags", "images", "prompts"),
+    [
+        (nothing, [], 0, 0),
+        (rename, [], 0, 0),
+        (nothing, ["--seed", 0, "--learning_rate", 0.5, "--train_batch_size", 1], 0, 0),
+        (change_caption, [], 0, 1),
+        (change_image, [], 1, 0),
+        (change_vae, [], 8, 0),
+        (change_text_encoder, [], 0, 9),
+        (nothing, ["--max_sequence_length", 8], 0, 9),
+        (nothing, ["--no_text_encoder_3"], 0, 9),
+        (nothing, ["--mixed_precision", "bf16"], 0, 9),
+        (nothing, ["--center_crop"], 8, 0),
+        (nothing, ["--random_flip"], 8, 0),
+        (nothing, ["--resolution", 48], 8, 0),
+        (nothing, ["--aspect_ratio_buckets", "32,48;32,32"], None, 0),
+        (nothing, ["--validation_prompt", "a dog", "--skip_final_inference"], 0, 1),
+    ],
+    ids=str,
+)
+def test_caches_are_keyed_by_content(change, flags, images, prompts, run, filled, encoded, pipeline, tmp_path):
+    """Only what changed is encoded again; where nothing did, the text encoders are not even loaded."""
+    cache, folder = filled
+    model = tmp_path / "model"
+    shutil.copytree(pipeline, model)
+    change(folder, model)
+    arguments = ["--train_data_dir", folder, "--pretrained_model_name_or_path", model, "--cache_dir", cache, *flags]
+    encoded.update(dict.fromkeys(encoded, 0))
+    run(*CACHED, *arguments)
+    assert encoded["prompts"] == prompts and encoded["loadings"] == (prompts > 0)
+    if images is None:  # some shapes stay as they were
+        assert 0 < encoded["images"] < 8
+    else:
+        assert encoded["images"] == images
+
+
+def test_an_interrupted_cache_is_completed(run, filled, encoded):
+    """A file that is missing is made; a leftover of an interrupted writing is not taken for one."""
+    cache, folder = filled
+    files = sorted((cache / "latents").rglob("*.safetensors"))
+    files[0].rename(f"{files[0]}.0123")
+    encoded.update(dict.fromkeys(encoded, 0))
+    run(*CACHED, "--train_data_dir", folder, "--cache_dir", cache)
+    assert encoded == {"images": 1, "prompts": 0, "loadings": 0} and files[0].exists()
+
+
+def test_cached_and_online_runs_agree(run, tmp_path):
+    """The same samples, noise and flips, whether encoded online or from the cache."""
+    arguments = ("train_sd3_soar", "--center_crop", "--random_flip", "--max_train_steps", 3)
+    arguments += ("--cond_dropout_rate", 0.3, "--adam_epsilon", 1e-3)
+    online = weights(run(*arguments, "--output_dir", tmp_path / "online"))
+    cached = weights(run(*arguments, *CACHED[1:3], "--output_dir", tmp_path / "cached"))
+    for name, tensor in online.items():
+        torch.testing.assert_close(tensor, cached[name], rtol=0, atol=1e-5)
+
+
+def test_cached_latents_are_drawn_afresh(run, monkeypatch, tmp_path):
+    """Mean and log-variance are cached, not one draw: an image has other latents in every epoch."""
+    import train_sd3_sft
+
+    drawn, encode_latents = [], train_sd3_sft.encode_latents
+
+    def see(vae, moments, generators):
+        drawn.append((moments, encode_latents(vae, moments, generators)))
+        return drawn[-1][1]
+
+    monkeypatch.setattr(train_sd3_sft, "encode_latents", see)
+    folder = folder_of(tmp_path / "images", {"a.png": positions(32, 32)})
+    arguments = ("--cache_latents", "--train_batch_size", 1, "--max_train_steps", 3, "--train_data_dir", folder)
+    run("train_sd3_sft", *arguments)
+    (moments, first), (others, second), _ = drawn
+    assert torch.equal(moments, others) and not torch.equal(first, second)
+
+
+@pytest.mark.parametrize("flags", [["--no_text_encoder_3"], ["--random_flip", "--mixed_precision", "bf16"]])
+def test_size_estimate_of_the_caches(flags, run, tmp_path, monkeypatch):
+    """Exactly the bytes of the tensors: a disk with one byte less is refused, before anything is encoded."""
+    files = run(*CACHED, *flags) / "cache"
+    size = sum(t.numel() * t.itemsize for f in files.rglob("*.safetensors") for t in load_file(f).values())
+    usage = shutil.disk_usage(tmp_path)
+    again = ("--output_dir", tmp_path / "again", *flags)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=size - 1))
+    with pytest.raises(SystemExit, match=f"--cache_dir {tmp_path / 'again' / 'cache'}.*GiB"):
+        run(*CACHED, *again)
+    assert not list((tmp_path / "again").rglob("*.safetensors"))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=size))
+    run(*CACHED, *again)
+
+
+def test_truncated_captions_are_counted(run, tmp_path, caplog):
+    """For CLIP, which reads 77 tokens, and for T5, which reads --max_sequence_length."""
+    caplog.set_level(logging.INFO)
+    captions = {"a.png": "red circle", "b.png": " ".join(["red"] * 30), "c.png": " ".join(["red"] * 100)}
+    folder = folder_of(tmp_path / "images", dict.fromkeys(captions, positions(32, 32)), **captions)
+    run("train_sd3_sft", "--train_data_dir", folder, "--max_train_steps", 1)
+    assert "1 of 3 captions are longer than the 77 tokens that CLIP reads" in caplog.text
+    assert "2 of 3 captions are longer than the 16 tokens that T5 reads" in caplog.text
+    caplog.clear()
+    run("train_sd3_sft", "--train_data_dir", folder, "--no_text_encoder_3", "--output_dir", tmp_path / "no_t5")
+    assert "CLIP" in caplog.text and "T5 reads" not in caplog.text
+
+
+def test_empty_captions_are_counted(samples, tmp_path, caplog):
+    """They train the unconditional model, which the user should know of."""
+    images = dict.fromkeys(["a.png", "b.png", "c.png"], positions(32, 32))
+    samples("--train_data_dir", folder_of(tmp_path / "images", images, **{"b.png": ""}))
+    assert "1 of 3 captions are empty" in caplog.text
+
+
+# The command that the authors published
+
+
+AUTHORS_COMMAND = """
+    --pretrained_model_name_or_path {P} --jsonl_path {J} --image_dir {I} --output_dir {O} --resolution 512
+    --train_batch_size 4 --gradient_accumulation_steps 1 --max_train_steps 5000 --checkpointing_steps 1000 --seed 42
+    --learning_rate 2e-5 --lr_scheduler constant --lr_warmup_steps 0 --adam_weight_decay 1e-2 --max_grad_norm 1.0
+    --weighting_scheme logit_normal --mixed_precision bf16 --dataloader_num_workers 16 --gradient_checkpointing
+    --allow_tf32 --report_to tensorboard --num_rollout_paths 1 --trajectory_length 6 --num_sampling_steps 40
+    --sde_rollout_type flow_sde --sde_noise_scale 0.5 --lambda_aux 1.0 --cfg_scale_sampling 4.5
+"""
+
+
+@pytest.mark.parametrize("name", ["train_sd3_soar", "train_sd3_soar_lora"])
+def test_the_authors_command(name, run, pipeline, tmp_path):
+    """Unchanged it parses; with small numbers in the places of large ones, it trains."""
+    (tmp_path / "I").mkdir()
+    with open(tmp_path / "J", "w") as file:
+        for number in range(4):
+            solid((number, 0, 0)).save(tmp_path / "I" / f"{number}.jpg")
+            line = {"md5": str(number), "caption_en": json.dumps({"long_caption": "a red circle"}), "bw": 32, "bh": 32}
+            file.write(json.dumps(line) + "\n")
+    command = AUTHORS_COMMAND.format(P=pipeline, J=tmp_path / "J", I=tmp_path / "I", O=tmp_path / "O")
+    args = script.parse_args(shlex.split(command))
+    assert (args.resolution, args.max_train_steps, args.learning_rate, args.lambda_aux) == (512, 5000, 2e-5, 1)
+    smaller = {"--resolution 512": "--resolution 32", "steps 5000": "steps 1", "workers 16": "workers 2"}
+    for large, small in smaller.items():
+        assert large in command
+        command = command.replace(large, small)
+    out = run(name, *shlex.split(command))
+    base = load_file(pipeline / "transformer" / "diffusion_pytorch_model.safetensors")
+    trained = weights(out)
+    assert all(tensor.isfinite().all() for tensor in trained.values())
+    if name == "train_sd3_soar":
+        assert not all(torch.equal(tensor, base[key]) for key, tensor in trained.items())
+        assert max((tensor - base[key]).abs().max() for key, tensor in trained.items()) < math.ldexp(1, -10)
+    assert list((out / "logs").rglob("events*"))

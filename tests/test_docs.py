@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every command in the README, the examples and the scripts' docstrings is one that its script understands."""
+
+import importlib
+import re
+import shlex
+
+import pytest
+from conftest import ROOT, SCRIPTS
+
+
+def commands(text):
+    """The command lines that name a training script, continued lines joined, from a text or a shell script."""
+    for line in re.sub(r"\\\n\s*", " ", text).splitlines():
+        match = re.search(r"(train_sd3_\w+)\.py\s+(--.*)", line)
+        if match and match[1] in SCRIPTS:
+            yield match[1], match[2].split("  #")[0]
+
+
+def documents():
+    readme = (ROOT / "README.md").read_text()
+    yield "README.md", "\n".join(re.findall(r"```bash\n(.*?)```", readme, flags=re.DOTALL))
+    for script in SCRIPTS:
+        yield f"{script}.py", importlib.import_module(script).__doc__
+    printed = (ROOT / "examples" / "quickstart.sh").read_text().split("cat <<END")[1]
+    yield "quickstart.sh", printed.replace("\\\\", "\\")
+    for path in sorted((ROOT / "examples").rglob("*.md")):
+        yield str(path.relative_to(ROOT)), "\n".join(re.findall(r"```bash\n(.*?)```", path.read_text(), re.DOTALL))
+
+
+COMMANDS = [(name, *command) for name, text in documents() for command in commands(text)]
+
+
+def test_there_are_commands():
+    assert {"README.md", "quickstart.sh", *(f"{script}.py" for script in SCRIPTS)} <= {name for name, *_ in COMMANDS}
+
+
+@pytest.mark.parametrize(("document", "script", "arguments"), COMMANDS)
+def test_command_is_understood(document, script, arguments, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my_images").mkdir()
+    args = importlib.import_module(script).parse_args(shlex.split(arguments))
+    if config := getattr(args, "bnb_quantization_config_path", None):
+        assert (ROOT / config).exists()
+
+
+def test_flags_of_the_quickstart_exist():
+    """The quickstart builds its command lines from variables: every flag there must be one of the scripts'."""
+    text = (ROOT / "examples" / "quickstart.sh").read_text()
+    known = {script: set(re.findall(r'add\("(--\w+)"', (ROOT / f"{script}.py").read_text())) for script in SCRIPTS}
+
+    def flags(pattern):
+        return set(re.findall(r"(?<!\S)(--\w+)", re.search(pattern, text, re.DOTALL | re.MULTILINE)[1]))
+
+    common = flags(r"^train\(\) \{(.*?)^\}") | flags(r'^full="(.*?)"') | flags(r"stage base train (.*?)\n    stage")
+    assert len(common) > 10
+    for script in SCRIPTS:
+        assert common <= known[script], script
+    assert flags(r'^soar="(.*?)"') <= known["train_sd3_soar"] & known["train_sd3_soar_lora"]
+    assert flags(r'^lora="(.*?)"') <= known["train_sd3_soar_lora"]
+
+
+def test_readme_table_has_every_soar_flag_with_its_default():
+    readme = (ROOT / "README.md").read_text()
+    table = dict(re.findall(r"^\| `(--\w+)` \| ([^|]*) \|", readme, flags=re.MULTILINE))
+    module = importlib.import_module("train_sd3_soar")
+    source = (ROOT / "train_sd3_soar.py").read_text().split('add_argument_group("SOAR")')[1]
+    flags = re.findall(r'add\("(--\w+)"', source.split("add_argument_group")[0])
+    assert set(table) == set(flags)
+    args = module.parse_args(["--pretrained_model_name_or_path", "x", "--train_data_dir", str(ROOT)])
+    for flag, default in table.items():
+        value = getattr(args, flag.strip("-"))
+        assert default.strip() in (f"{value}", f"`{value}`") or value is None

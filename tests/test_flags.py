@@ -1,0 +1,945 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every flag of every script changes what it says, and nothing that it should leave alone."""
+
+import ast
+import importlib
+import json
+import logging
+import math
+import shutil
+from pathlib import Path
+
+import huggingface_hub
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from conftest import PHOTOS, ROOT, SCRIPTS, equal, weights
+from diffusers import AutoencoderKL, SD3Transformer2DModel, StableDiffusion3Pipeline
+from diffusers.models.attention import JointTransformerBlock
+from diffusers.training_utils import EMAModel
+from huggingface_hub.utils import filter_repo_objects
+from PIL import Image
+from safetensors import safe_open
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+
+SFT, SOAR, LORA = SCRIPTS
+COVERED = set()
+
+
+def covers(*flags):
+    """Mark a test as the one that shows what these flags do."""
+    COVERED.update(flags)
+    return lambda test: test
+
+
+# Flags that a test of another file shows at work.
+ELSEWHERE = {
+    "--pretrained_model_name_or_path": "test_bad_input.test_model_that_does_not_exist",
+    "--dataset_name": "test_data.test_dataset_name",
+    "--dataset_config_name": "test_data.test_dataset_config_name",
+    "--train_data_dir": "test_data.test_train_data_dir",
+    "--jsonl_path": "test_data.test_authors_format",
+    "--image_dir": "test_data.test_authors_format",
+    "--image_column": "test_data.test_dataset_name",
+    "--caption_column": "test_data.test_dataset_name",
+    "--max_train_samples": "test_data.test_max_train_samples",
+    "--skip_bad_images": "test_bad_input.test_undecodable_image",
+    "--center_crop": "test_data.test_center_crop",
+    "--random_flip": "test_data.test_random_flip",
+    "--use_aspect_ratio_buckets": "test_data.test_aspect_ratio_buckets",
+    "--aspect_ratio_buckets": "test_data.test_aspect_ratio_buckets",
+    "--cache_dir": "test_data.test_caches_are_keyed_by_content",
+    "--overwrite_output_dir": "test_bad_input.test_another_run_is_not_written_over",
+}
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_flag_has_a_test(script, monkeypatch):
+    module = importlib.import_module(script)
+    monkeypatch.setattr(module, "check_args", lambda parser, input_args: parser)
+    flags = {action.option_strings[0] for action in module.parse_args([])._actions} - {"-h"}
+    assert len(flags) > 60
+    assert not flags - COVERED - ELSEWHERE.keys()
+    assert not ELSEWHERE.keys() - flags and not ELSEWHERE.keys() & COVERED
+    for flag, place in ELSEWHERE.items():
+        file, name = place.split(".")
+        source = (ROOT / "tests" / f"{file}.py").read_text()
+        (test,) = (node for node in ast.parse(source).body if getattr(node, "name", "") == name)
+        assert flag in ast.unparse(test)
+
+
+@pytest.fixture(scope="module")
+def photos(photos, tmp_path_factory):
+    """The photographs, small: decoding large ones would take most of the time here."""
+    folder = tmp_path_factory.mktemp("small_photos")
+    shutil.copy(photos / "metadata.jsonl", folder)
+    for name in PHOTOS:
+        image = Image.open(photos / f"{name}.png")
+        image.thumbnail((64, 64))
+        image.save(folder / f"{name}.png")
+    return folder
+
+
+DEFAULT_RUNS = {}
+
+
+@pytest.fixture
+def default(run, tmp_path_factory):
+    """A function that makes a run once for all tests of this file, and returns its folder."""
+
+    def make(script, *arguments):
+        key = (script, *map(str, arguments))
+        if key not in DEFAULT_RUNS:
+            folder = tmp_path_factory.mktemp("default") / "out"
+            DEFAULT_RUNS[key] = run(script, *arguments, "--output_dir", folder)
+        return DEFAULT_RUNS[key]
+
+    return make
+
+
+@pytest.fixture
+def logged(monkeypatch):
+    """What the runs of a test log, a dictionary a step."""
+    values = []
+    monkeypatch.setattr(Accelerator, "log", lambda self, logs, step: values.append(logs | {"step": step}))
+    return values
+
+
+@pytest.fixture
+def forwards(monkeypatch):
+    """The transformer's calls: its inputs and its `output`, and whether it had `grad`."""
+    calls, forward = [], SD3Transformer2DModel.forward
+
+    def see(self, **inputs):
+        (output,) = forward(self, **inputs)
+        calls.append(inputs | {"output": output.detach(), "grad": torch.is_grad_enabled()})
+        return (output,)
+
+    monkeypatch.setattr(SD3Transformer2DModel, "forward", see)
+    return calls
+
+
+def seen(monkeypatch, owner, name):
+    """Record the calls of a function, as tuples of its arguments and result."""
+    calls, function = [], getattr(owner, name)
+
+    def see(*inputs, **more):
+        result = function(*inputs, **more)
+        calls.append((inputs, more, result))
+        return result
+
+    monkeypatch.setattr(owner, name, see)
+    return calls
+
+
+def close(one, other, tolerance):
+    one, other = weights(one), weights(other)
+    assert one.keys() == other.keys()
+    for name, tensor in one.items():
+        torch.testing.assert_close(tensor, other[name], rtol=0, atol=tolerance)
+
+
+# Flags of which other trained weights are the effect: (script, arguments of both runs, flag and value of the second).
+TWO_PATHS = ("--num_rollout_paths", 2, "--trajectory_length", 1)
+PRODIGY = ("--optimizer", "prodigy", "--learning_rate", 1, "--max_train_steps", 6)
+CHANGES = [
+    (SFT, (), ("--seed", 1)),
+    (SFT, (), ("--resolution", 48)),
+    (SFT, (), ("--max_sequence_length", 8)),
+    (SFT, (), ("--no_text_encoder_3",)),
+    (SFT, (), ("--cond_dropout_rate", 0.9)),
+    (SFT, (), ("--center_crop",)),
+    (SFT, (), ("--random_flip",)),
+    (SFT, (), ("--max_train_samples", 3)),
+    (SFT, (), ("--aspect_ratio_buckets", "32,48;48,32")),
+    (SFT, (), ("--mixed_precision", "bf16")),
+    (SFT, (), ("--train_batch_size", 3)),
+    (SFT, (), ("--gradient_accumulation_steps", 2)),
+    (SFT, (), ("--max_train_steps", 3)),
+    (SFT, (), ("--learning_rate", 1e-2)),
+    (SFT, (), ("--adam_beta1", 0.5)),
+    (SFT, (), ("--adam_beta2", 0.5)),
+    (SFT, (), ("--adam_weight_decay", 0.9)),
+    (SFT, (), ("--adam_epsilon", 0.1)),
+    (SFT, (), ("--max_grad_norm", 0.01)),
+    (SFT, (), ("--optimizer", "prodigy")),
+    (SFT, PRODIGY, ("--no-prodigy_decouple",)),
+    (SFT, PRODIGY, ("--no-prodigy_use_bias_correction",)),
+    (SFT, (), ("--use_ema",)),
+    (SFT, ("--use_ema",), ("--ema_decay", 0.1)),
+    (SFT, (), ("--weighting_scheme", "none")),
+    (SFT, (), ("--weighting_scheme", "sigma_sqrt")),
+    (SFT, (), ("--weighting_scheme", "mode")),
+    (SFT, (), ("--weighting_scheme", "cosmap")),
+    (SFT, (), ("--logit_mean", 1)),
+    (SFT, (), ("--logit_std", 2)),
+    (SFT, ("--weighting_scheme", "mode"), ("--mode_scale", 0.5)),
+    (SOAR, (), ("--lambda_aux", 0.5)),
+    (SOAR, (), ("--trajectory_length", 2)),
+    (SOAR, (), ("--num_rollout_paths", 2)),
+    (SOAR, (), ("--num_sampling_steps", 5)),
+    (SOAR, (), ("--cfg_scale_sampling", 2)),
+    (SOAR, (), ("--sigma_upper_ratio", 1.5)),
+    (SOAR, TWO_PATHS, ("--sde_rollout_type", "simple")),
+    (SOAR, TWO_PATHS, ("--sde_rollout_type", "sde")),
+    (SOAR, TWO_PATHS, ("--sde_rollout_type", "cps")),
+    (SOAR, TWO_PATHS, ("--sde_noise_scale", 0.2)),
+    (LORA, (), ("--lora_alpha", 8)),
+    (LORA, (), ("--lora_dropout", 0.5)),
+]
+COVERED |= {flag for *_, (flag, *_) in CHANGES if not flag.startswith("--no-")} - ELSEWHERE.keys()
+
+
+@pytest.mark.parametrize(("script", "base", "change"), CHANGES, ids=str)
+def test_flag_changes_the_weights(script, base, change, default, run):
+    """And the same command gives the same weights: the difference is the flag's."""
+    one, other = default(script, *base), run(script, *base, *change)
+    assert not equal(one, other)
+    assert all(tensor.isfinite().all() for tensor in weights(other).values())
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_the_same_command_gives_the_same_weights(script, default, run):
+    assert equal(default(script), run(script))
+
+
+# Model
+
+
+@covers("--gradient_checkpointing")
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_gradient_checkpointing(script, default, run, monkeypatch):
+    """Activations are computed again, to the same gradients, dropout included."""
+    more = ("--lora_dropout", 0.5) if script == LORA else ()
+    base = default(script, *more)
+    started, forward = [], JointTransformerBlock.forward
+    monkeypatch.setattr(
+        JointTransformerBlock, "forward", lambda *inputs, **more: started.append(1) or forward(*inputs, **more)
+    )
+    assert equal(run(script, *more), base)
+    count = len(started)
+    out = run(script, *more, "--gradient_checkpointing", "--overwrite_output_dir")
+    close(out, base, 1e-6)
+    assert len(started) - count > 1.5 * count
+
+
+@covers("--allow_tf32")
+def test_allow_tf32(run):
+    before = torch.backends.cuda.matmul.allow_tf32
+    try:
+        run(SFT, "--allow_tf32", "--max_train_steps", 1)
+        assert torch.backends.cuda.matmul.allow_tf32
+        run(SFT, "--max_train_steps", 1, "--overwrite_output_dir")
+        assert not torch.backends.cuda.matmul.allow_tf32
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
+
+
+@pytest.mark.parametrize("script", [SFT, LORA])
+@covers("--mixed_precision")
+def test_mixed_precision(script, run, forwards, monkeypatch):
+    """The model computes in bf16; latents, targets and the trained weights stay float32."""
+    encoders = seen(monkeypatch, importlib.import_module(script), "load_encoders")
+    out = run(script, "--mixed_precision", "bf16")
+    assert {call["hidden_states"].dtype for call in forwards} == {torch.float32}
+    assert {tensor.dtype for tensor in weights(out).values()} == {torch.float32}
+    assert encoders[-1][2].text_encoder.dtype == torch.bfloat16
+    run(script, "--mixed_precision", "no", "--overwrite_output_dir")
+    assert encoders[-1][2].text_encoder.dtype == torch.float32
+
+
+@covers("--variant")
+def test_variant(run, pipeline, tmp_path):
+    """Weight files of that variant are read, the only ones there."""
+    model = tmp_path / "model"
+    pipe = StableDiffusion3Pipeline.from_pretrained(pipeline)
+    with torch.no_grad():
+        pipe.transformer.proj_out.bias += 1
+    pipe.save_pretrained(model, variant="fp16")
+    out = run(LORA, "--pretrained_model_name_or_path", model, "--variant", "fp16")
+    plain = run(LORA, "--output_dir", tmp_path / "plain")
+    assert not equal(out, plain)
+    with pytest.raises(SystemExit, match=f"--pretrained_model_name_or_path {model}"):
+        run(LORA, "--pretrained_model_name_or_path", model, "--output_dir", tmp_path / "without")
+
+
+@covers("--revision")
+def test_revision(run, pipeline, tmp_path, monkeypatch):
+    """A model of the hub, in its local cache, at a revision with other weights."""
+    repo = tmp_path / "hub" / "models--someone--tiny"
+    (repo / "refs").mkdir(parents=True)
+    commits = {"main": "0" * 40, "second": "1" * 40}
+    for name, commit in commits.items():
+        (repo / "refs" / name).write_text(commit)
+        shutil.copytree(pipeline, repo / "snapshots" / commit)
+    transformer = SD3Transformer2DModel.from_pretrained(pipeline, subfolder="transformer")
+    with torch.no_grad():
+        transformer.proj_out.bias += 1
+    transformer.save_pretrained(repo / "snapshots" / commits["second"] / "transformer")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    for name in commits:
+        revision = ("--revision", name) if name != "main" else ()
+        hub = run(LORA, "--pretrained_model_name_or_path", "someone/tiny", *revision, "--output_dir", tmp_path / name)
+        folder = repo / "snapshots" / commits[name]
+        local = run(LORA, "--pretrained_model_name_or_path", folder, "--output_dir", tmp_path / f"{name}-local")
+        assert equal(hub, local)
+    assert not equal(tmp_path / "main", tmp_path / "second")
+
+
+@covers("--no_text_encoder_3", "--max_sequence_length")
+def test_text_of_the_transformer(run, forwards, monkeypatch):
+    """77 CLIP tokens and --max_sequence_length of T5; zeros in the place of T5 without it, which is not loaded."""
+    encoders = seen(monkeypatch, importlib.import_module(SFT), "load_encoders")
+    run(SFT, "--max_train_steps", 1, "--max_sequence_length", 24)
+    assert forwards[0]["encoder_hidden_states"].shape[1] == 77 + 24
+    assert forwards[0]["encoder_hidden_states"][:, 77:].abs().max() > 0
+    assert encoders[-1][2].text_encoder_3 is not None
+    run(SFT, "--max_train_steps", 1, "--no_text_encoder_3", "--overwrite_output_dir")
+    assert (forwards[1]["encoder_hidden_states"][:, 77:] == 0).all()
+    assert encoders[-1][2].text_encoder_3 is None
+
+
+# Data
+
+
+@covers("--resolution")
+def test_resolution(run, forwards, default, tmp_path):
+    """In pixels, of training and of the validation images."""
+    arguments = ("--validation_prompt", "a cat", "--max_train_steps", 1)
+    for resolution in (32, 48):
+        out = run(SFT, "--resolution", resolution, *arguments, "--output_dir", tmp_path / str(resolution))
+        assert Image.open(out / "samples" / "0-0.png").size == (resolution, resolution)
+        assert forwards[0]["hidden_states"].shape[2:] == (resolution // 8, resolution // 8)
+        forwards.clear()
+
+
+@covers("--cond_dropout_rate")
+def test_caption_dropout(run, forwards, photos, tmp_path):
+    """Each sample by itself: batches hold both kinds, a rate of 1 is training on empty captions, 0 drops none."""
+    arguments = (SFT, "--train_batch_size", 4, "--max_train_steps", 16)
+    run(*arguments, "--cond_dropout_rate", 0.5, "--output_dir", tmp_path / "half")
+    embeds = [call["encoder_hidden_states"] for call in forwards]
+    every = torch.cat(embeds)
+    null = max(every, key=lambda embed: sum(torch.equal(embed, other) for other in every))
+    dropped = [[torch.equal(embed, null) for embed in batch] for batch in embeds]
+    assert 18 < sum(map(sum, dropped)) < 46
+    assert sum(0 < sum(batch) < 4 for batch in dropped) > 8
+    pooled = torch.cat([call["pooled_projections"] for call in forwards])[torch.tensor(dropped).flatten()]
+    assert (pooled == pooled[0]).all()
+
+    folder = tmp_path / "without"
+    shutil.copytree(photos, folder)
+    lines = [json.loads(line) | {"text": " "} for line in (folder / "metadata.jsonl").read_text().splitlines()]
+    lines[0]["text"] = "kept, so that the data set is not without captions"
+    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    forwards.clear()
+    run(*arguments[:-1], 1, "--cond_dropout_rate", 1, "--output_dir", tmp_path / "one")
+    assert all(torch.equal(embed, null) for embed in forwards[0]["encoder_hidden_states"])
+    forwards.clear()
+    run(*arguments[:-1], 4, "--cond_dropout_rate", 0, "--output_dir", tmp_path / "none")
+    assert not any(torch.equal(embed, null) for call in forwards for embed in call["encoder_hidden_states"])
+
+
+@covers("--cache_latents", "--cache_prompt_embeds")
+@pytest.mark.parametrize(
+    ("flag", "kind"), [("--cache_latents", "latents"), ("--cache_prompt_embeds", "prompt_embeds")]
+)
+def test_caches(flag, kind, run, default):
+    """Written to OUTPUT_DIR/cache, to the same result."""
+    base = default(SFT, "--center_crop", "--adam_epsilon", 1e-3)
+    out = run(SFT, "--center_crop", f"--cache_{kind}", "--adam_epsilon", 1e-3)
+    close(out, base, 1e-5)
+    assert [folder.name for folder in (out / "cache").iterdir()] == [kind]
+    assert len(list((out / "cache" / kind).rglob("*.safetensors"))) in (8, 9)
+
+
+@covers("--offload")
+def test_offload(default, run, monkeypatch):
+    """The encoders wait on the CPU: that is where they are told to go, and the result is the same."""
+    moves = seen(monkeypatch, AutoencoderKL, "to")
+    assert equal(default(SFT), run(SFT, "--offload"))
+    assert moves[0][0][1] == "cpu"  # a text; without the flag it is the device of the run
+    moves.clear()
+    run(SFT, "--overwrite_output_dir")
+    assert isinstance(moves[0][0][1], torch.device)
+
+
+@covers("--dataloader_num_workers")
+def test_dataloader_num_workers(default, run, monkeypatch):
+    """Other processes read the images, to the same result."""
+    loaders = seen(monkeypatch, importlib.import_module(SFT), "make_dataloader")
+    assert equal(default(SFT, "--random_flip"), run(SFT, "--random_flip", "--dataloader_num_workers", 2))
+    assert loaders[-1][2].num_workers == 2
+
+
+# Training
+
+
+@covers("--output_dir")
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_default_output_dir(script, run, tmp_path, monkeypatch):
+    """Named after the method; everything is written below it."""
+    monkeypatch.chdir(tmp_path)
+    run(script, "--output_dir", "here")
+    assert [path.name for path in tmp_path.iterdir()] == ["here"]
+    args = importlib.import_module(script).parse_args(
+        ["--pretrained_model_name_or_path", "x", "--train_data_dir", str(tmp_path)]
+    )
+    assert args.output_dir == script.removeprefix("train_").replace("_", "-")
+
+
+def without(monkeypatch, script, *flags):
+    """Leave out flags that the test helper adds."""
+    module = importlib.import_module(script)
+    parse_args = module.parse_args
+
+    def parse(arguments):
+        places = [i + j for i, word in enumerate(arguments) if word in flags for j in (0, 1)]
+        return parse_args([word for i, word in enumerate(arguments) if i not in places])
+
+    monkeypatch.setattr(module, "parse_args", parse)
+
+
+@covers("--seed")
+def test_seed_is_drawn_and_logged(run, monkeypatch, caplog, tmp_path):
+    """Another run each time without the flag, which can be repeated with the seed that was logged."""
+    caplog.set_level(logging.INFO)
+    with monkeypatch.context() as patch:
+        without(patch, SFT, "--seed")
+        one, other = (run(SFT, "--output_dir", tmp_path / name) for name in ("one", "other"))
+    assert not equal(one, other)
+    seed = json.loads((one / "training_args.json").read_text())["seed"]
+    assert f"Seed {seed}" in caplog.text
+    assert equal(one, run(SFT, "--seed", seed, "--output_dir", tmp_path / "again"))
+
+
+@covers("--gradient_accumulation_steps", "--train_batch_size")
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_accumulation_is_a_larger_batch(script, run, forwards, tmp_path):
+    """Two batches of two are one batch of four, in the gradient and in the number of samples."""
+    arguments = (script, "--adam_epsilon", 1e-2, "--cond_dropout_rate", 0.3)
+    one = run(*arguments, "--train_batch_size", 4, "--output_dir", tmp_path / "one")
+    assert max(len(call["hidden_states"]) for call in forwards) == 4
+    forwards.clear()
+    other = run(*arguments, "--gradient_accumulation_steps", 2, "--output_dir", tmp_path / "other")
+    assert max(len(call["hidden_states"]) for call in forwards) == 2
+    close(one, other, 1e-5)
+
+
+@covers("--num_train_epochs", "--max_train_steps")
+def test_length_of_the_run(run, monkeypatch, logged, tmp_path):
+    """Eight photographs in batches of two: four steps an epoch; --max_train_steps counts where it is given."""
+    with monkeypatch.context() as patch:
+        without(patch, SFT, "--max_train_steps")
+        for epochs in (1, 2):
+            logged.clear()
+            run(SFT, "--num_train_epochs", epochs, "--output_dir", tmp_path / str(epochs))
+            assert [logs["step"] for logs in logged] == list(range(1, 4 * epochs + 1))
+    logged.clear()
+    run(SFT, "--num_train_epochs", 2, "--max_train_steps", 3)
+    assert len(logged) == 3
+
+
+N, WARMUP = 8, 2
+
+
+def progress(k):
+    return (k - WARMUP) / (N - WARMUP)
+
+
+SCHEDULES = {
+    "constant": ([], lambda k: 1),
+    "constant_with_warmup": ([], lambda k: min(1, k / WARMUP)),
+    "linear": ([], lambda k: k / WARMUP if k < WARMUP else 1 - progress(k)),
+    "cosine": ([], lambda k: k / WARMUP if k < WARMUP else (1 + math.cos(math.pi * progress(k))) / 2),
+    "cosine_with_restarts": (
+        ["--lr_num_cycles", 3],
+        lambda k: k / WARMUP if k < WARMUP else (1 + math.cos(math.pi * (3 * progress(k) % 1))) / 2,
+    ),
+    "polynomial": (
+        ["--lr_power", 2],
+        lambda k: k / WARMUP if k < WARMUP else (1 - 1e-6) * (1 - progress(k)) ** 2 + 1e-6,
+    ),
+    "piecewise_constant": (["--lr_step_rules", "1:3,0.5:5,0.1"], lambda k: 1 if k < 3 else 0.5 if k < 5 else 0.1),
+}
+
+
+@covers("--lr_scheduler", "--lr_warmup_steps", "--lr_num_cycles", "--lr_power", "--lr_step_rules")
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_learning_rate_schedules(name, run, logged, monkeypatch, tmp_path):
+    """The logged rate is the schedule's, from the first step on, and it is the optimizer's."""
+    flags, multiple = SCHEDULES[name]
+    used, step = [], torch.optim.AdamW.step
+
+    def see(self, *inputs, **more):
+        used.append(self.param_groups[0]["lr"])
+        return step(self, *inputs, **more)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", see)
+    arguments = ("--lr_scheduler", name, "--lr_warmup_steps", WARMUP, "--max_train_steps", N, "--learning_rate", 0.1)
+    run(SFT, *arguments, *flags, "--train_batch_size", 1)
+    expected = [0.1 * multiple(k) for k in range(N)]
+    assert [logs["lr"] for logs in logged] == pytest.approx(expected, abs=1e-9)
+    assert used == pytest.approx(expected, abs=1e-9)
+    if name in ("cosine_with_restarts", "polynomial"):
+        logged.clear()
+        run(SFT, *arguments, "--train_batch_size", 1, "--output_dir", tmp_path / "default")
+        assert [logs["lr"] for logs in logged] != pytest.approx(expected, abs=1e-9)
+
+
+@covers("--optimizer", "--use_8bit_adam", "--learning_rate", "--adam_beta1", "--adam_beta2", "--adam_weight_decay")
+@pytest.mark.parametrize(
+    ("flags", "name"),
+    [([], "AdamW"), (["--use_8bit_adam"], "AdamW8bit"), (["--optimizer", "prodigy"], "Prodigy")],
+)
+def test_optimizers(flags, name, run, monkeypatch):
+    """Each with its parameters; 8-bit state where the tensor is large enough for it."""
+    made = seen(monkeypatch, importlib.import_module(SFT), "make_optimizer")
+    values = {"learning_rate": 2e-3, "adam_beta1": 0.8, "adam_beta2": 0.9, "adam_weight_decay": 0.1}
+    arguments = [word for flag, value in values.items() for word in (f"--{flag}", value)]
+    run(SFT, *flags, *arguments, "--adam_epsilon", 1e-6)
+    optimizer = made[0][2]
+    assert type(optimizer).__name__ == name
+    group = optimizer.param_groups[0]
+    assert (group["lr"], tuple(group["betas"]), group["weight_decay"], group["eps"]) == (2e-3, (0.8, 0.9), 0.1, 1e-6)
+    state = [value for state in optimizer.state.values() for value in state.values() if torch.is_tensor(value)]
+    assert any(tensor.dtype == torch.uint8 for tensor in state) == (name == "AdamW8bit")
+
+
+@covers("--prodigy_beta3", "--prodigy_decouple", "--prodigy_use_bias_correction", "--prodigy_safeguard_warmup")
+def test_prodigy(run, monkeypatch):
+    """Its flags are its arguments; their defaults are those that its authors recommend for diffusion models."""
+    made = seen(monkeypatch, importlib.import_module(SFT), "make_optimizer")
+    run(SFT, "--optimizer", "prodigy", "--max_train_steps", 1)
+    names = ("beta3", "decouple", "use_bias_correction", "safeguard_warmup")
+    group = made[0][2].param_groups[0]
+    assert [group.get(name) for name in names] == [None, True, True, True]
+    flags = ("--no-prodigy_decouple", "--no-prodigy_use_bias_correction", "--no-prodigy_safeguard_warmup")
+    run(SFT, *PRODIGY, "--max_train_steps", 1, "--prodigy_beta3", 0.5, *flags, "--overwrite_output_dir")
+    group = made[1][2].param_groups[0]
+    assert [group.get(name) for name in names] == [0.5, False, False, False]
+
+
+@covers("--max_grad_norm")
+def test_max_grad_norm(run, logged, pipeline, tmp_path):
+    """The norm is logged as it was before clipping; plain gradients, seen through a huge epsilon, end at the limit."""
+    arguments = (SFT, "--adam_epsilon", 1e6, "--adam_weight_decay", 0, "--max_train_steps", 1, "--learning_rate", 1e6)
+    free = run(*arguments, "--max_grad_norm", 1e6, "--output_dir", tmp_path / "free")
+    clipped = run(*arguments, "--max_grad_norm", 0.01, "--output_dir", tmp_path / "clipped")
+    norm = logged[0]["grad_norm"]
+    assert norm > 0.1 and logged[1]["grad_norm"] == pytest.approx(norm)
+    base, changes = weights(pipeline), []
+    for folder in (free, clipped):
+        trained = weights(folder)
+        changes.append(math.sqrt(sum((trained[n].double() - base[n].double()).square().sum() for n in base)))
+    assert changes[1] / changes[0] == pytest.approx(0.01 / norm, rel=0.1)
+
+
+@covers("--max_skipped_steps")
+def test_max_skipped_steps(run, logged, monkeypatch, caplog):
+    """A step that is not finite changes nothing and is logged; more of them in a row than allowed end the run."""
+    module = importlib.import_module(SFT)
+    losses, bad = module.training_losses, []
+
+    def poisoned(args, *rest):
+        bad.append(len(bad) in (1, 3, 4))
+        for loss, values in losses(args, *rest):
+            yield (loss * math.nan if bad[-1] else loss), values
+
+    monkeypatch.setattr(module, "training_losses", poisoned)
+    arguments = (SFT, "--max_train_steps", 3, "--checkpointing_steps", 1, "--adam_weight_decay", 0)
+    out = run(*arguments, "--max_skipped_steps", 1)
+    assert equal(out / "checkpoint-1", out / "checkpoint-2") and not equal(out / "checkpoint-2", out / "checkpoint-3")
+    assert [logs["skipped_steps"] for logs in logged] == [0, 1, 0]
+    assert "Skipped step 2" in caplog.text
+    bad.clear()
+    with pytest.raises(SystemExit, match="step 5: not finite"):
+        run(*arguments, "--max_skipped_steps", 1, "--max_train_steps", 6, "--overwrite_output_dir")
+    bad.clear()
+    with pytest.raises(SystemExit, match="step 2: not finite"):
+        run(*arguments, "--overwrite_output_dir")
+
+
+def noise_levels(forwards):
+    return torch.cat([call["timestep"] for call in forwards if call["grad"]]) / 1000
+
+
+@covers("--logit_mean", "--logit_std", "--mode_scale", "--weighting_scheme")
+def test_noise_levels(run, forwards, tmp_path):
+    """A positive mean leans to noise (sigma 1), a smaller deviation gathers, `mode` follows its definition."""
+    found = {}
+    for flags in ("--logit_mean 1", "--logit_mean -1", "--logit_std 0.1", "--logit_std 2", "--weighting_scheme none"):
+        forwards.clear()
+        run(SFT, *flags.split(), "--train_batch_size", 8, "--max_train_steps", 12, "--output_dir", tmp_path / flags)
+        found[flags] = noise_levels(forwards)
+        found[flags] = found[flags] / (3 - 2 * found[flags])  # without the shift
+    assert found["--logit_mean 1"].mean() == pytest.approx(0.70, abs=0.06)
+    assert found["--logit_mean -1"].mean() == pytest.approx(0.30, abs=0.06)
+    assert found["--logit_std 0.1"].std() < 0.05 and found["--logit_std 2"].std() > 0.25
+    assert found["--weighting_scheme none"].mean() == pytest.approx(0.5, abs=0.09)
+    for scale in (0.5, 1.29):
+        forwards.clear()
+        arguments = ("--weighting_scheme", "mode", "--mode_scale", scale, "--output_dir", tmp_path / f"mode{scale}")
+        run(SFT, *arguments, "--train_batch_size", 8, "--max_train_steps", 12)
+        sigma = noise_levels(forwards)
+        uniform = found["--weighting_scheme none"]  # the same draws
+        expected = 1 - uniform - scale * (torch.cos(math.pi * uniform / 2) ** 2 - 1 + uniform)
+        torch.testing.assert_close(sigma / (3 - 2 * sigma), expected.clamp(1e-3, 1), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("script", [SFT, SOAR])
+def test_loss_weights(script, run, forwards, logged, tmp_path):
+    """`sigma_sqrt` weights by 1 / sigma^2, `cosmap` by 2 / (pi (1 - 2 sigma + 2 sigma^2)), each at its own sigma."""
+    weight = {
+        "none": torch.ones_like,
+        "sigma_sqrt": lambda sigma: sigma**-2,
+        "cosmap": lambda sigma: 2 / (math.pi * (1 - 2 * sigma + 2 * sigma**2)),
+    }
+    arguments = ("--train_batch_size", 1, "--max_train_steps", 1)
+    arguments += ("--trajectory_length", 1) if script == SOAR else ()
+    for scheme in weight:
+        run(script, *arguments, "--weighting_scheme", scheme, "--output_dir", tmp_path / scheme)
+    sigmas = noise_levels(forwards).view(3, -1)
+    assert torch.equal(sigmas[0], sigmas[1]) and torch.equal(sigmas[0], sigmas[2])
+    for number, scheme in enumerate(weight):
+        factors = weight[scheme](sigmas[0])
+        for name, factor in zip(["loss_base", "loss_aux"], factors, strict=False):
+            assert logged[number][name] == pytest.approx(logged[0][name] * factor.item(), rel=1e-3)
+        terms = [logged[number][name] for name in ["loss_base", "loss_aux"][: len(factors)]]
+        assert logged[number]["loss"] == pytest.approx(sum(terms) / len(terms), rel=1e-3)
+
+
+@covers("--use_ema", "--ema_decay")
+def test_ema(run, tmp_path):
+    """The saved model is the average by its definition; checkpoints hold the weights themselves."""
+    out = run(SFT, "--checkpointing_steps", 1, "--use_ema", "--output_dir", tmp_path / "ema")
+    low = run(SFT, "--use_ema", "--ema_decay", 0.1, "--output_dir", tmp_path / "low")
+    one, two = (weights(out / f"checkpoint-{step}") for step in (1, 2))
+    for folder, decay in ((out, 2 / 11), (low, 0.1)):  # warms up as (1 + n) / (10 + n)
+        for name, tensor in weights(folder).items():
+            torch.testing.assert_close(tensor, decay * one[name] + (1 - decay) * two[name], rtol=0, atol=1e-6)
+    assert not equal(out, out / "checkpoint-2")
+
+
+@covers("--offload_ema")
+def test_offload_ema(default, run, monkeypatch):
+    """The average goes to the CPU after every step, to the same result."""
+    moves = seen(monkeypatch, EMAModel, "to")
+    assert equal(default(SFT, "--use_ema"), run(SFT, "--use_ema", "--offload_ema"))
+    places = [inputs[1] for inputs, _, _ in moves if inputs[1] == "cpu"]
+    assert len(places) >= 3  # at the start and after each of two steps
+    moves.clear()
+    run(SFT, "--use_ema", "--overwrite_output_dir")
+    assert not [inputs for inputs, _, _ in moves if isinstance(inputs[1], str)]
+
+
+# SOAR
+
+
+@covers("--trajectory_length", "--num_rollout_paths", "--lambda_aux", "--aux_batch_size")
+def test_auxiliary_points(run, forwards, logged, tmp_path):
+    """M * N points a sample, cut as --aux_batch_size says; the loss is the weighted mean of the two kinds."""
+    arguments = ("--num_rollout_paths", 2, "--trajectory_length", 3, "--max_train_steps", 1, "--adam_epsilon", 1e-2)
+    one = run(SOAR, *arguments, "--lambda_aux", 0.5, "--output_dir", tmp_path / "one")
+    assert [len(call["hidden_states"]) for call in forwards] == [2] * 8
+    (logs,) = logged
+    n_base, n_aux = 2, 12
+    mean = (n_base * logs["loss_base"] + 0.5 * n_aux * logs["loss_aux"]) / (n_base + 0.5 * n_aux)
+    assert logs["loss"] == pytest.approx(mean, rel=1e-5)
+    forwards.clear()
+    chunks = ("--lambda_aux", 0.5, "--aux_batch_size", 5, "--output_dir", tmp_path / "other")
+    close(one, run(SOAR, *arguments, *chunks), 1e-6)
+    assert [len(call["hidden_states"]) for call in forwards] == [2, 2, 5, 5, 2]
+
+
+@covers("--num_sampling_steps", "--sigma_upper_ratio")
+def test_auxiliary_noise_levels(run, forwards, tmp_path):
+    """From one inference step down (of K) up to 1, or up to RATIO * sigma."""
+
+    def sigmas(*flags):
+        forwards.clear()
+        name = "_".join(map(str, flags)) or "default"
+        arguments = ("--trajectory_length", 64, "--aux_batch_size", 64, "--train_batch_size", 1)
+        run(SOAR, *arguments, *flags, "--output_dir", tmp_path / name)
+        found = noise_levels(forwards).view(2, 65)  # two steps, each the base and 64 points
+        return found[:, 0], found[:, 1:].amin(1), found[:, 1:].amax(1)
+
+    def step_down(sigma, steps):
+        u = (sigma / (3 - 2 * sigma) - 1 / steps).clamp(min=1e-3)
+        return 3 * u / (1 + 2 * u)
+
+    for flag, steps, ratio in ((None, 40, None), ("--num_sampling_steps", 4, None), ("--sigma_upper_ratio", 40, 1.1)):
+        sigma, low, high = sigmas(*([flag, ratio or steps] if flag else []))
+        bottom = step_down(sigma, steps)
+        top = torch.ones(2) if ratio is None else (ratio * sigma).clamp(max=1)
+        assert (low >= bottom - 1e-6).all() and (high <= top + 1e-6).all()
+        assert (low < bottom + 0.15 * (top - bottom)).all() and (high > top - 0.15 * (top - bottom)).all()
+
+
+@covers("--cfg_scale_sampling", "--sde_rollout_type", "--sde_noise_scale")
+def test_rollout(run, monkeypatch, tmp_path):
+    """Path 0 is the ODE step, the others are of the chosen type and strength, along the guided velocity."""
+    import soar_utils
+
+    steps, guidance = (seen(monkeypatch, soar_utils, name) for name in ("rollout_step", "apply_guidance"))
+    arguments = (SOAR, "--max_train_steps", 1, "--num_rollout_paths", 3, "--trajectory_length", 1)
+    run(*arguments, "--output_dir", tmp_path / "default")
+    run(*arguments, "--sde_rollout_type", "cps", "--sde_noise_scale", 0.3, "--cfg_scale_sampling", 2)
+    shown = [(inputs[4], inputs[5], inputs[6] is None) for inputs, _, _ in steps]
+    assert shown[:3] == [("ode", 0.5, True), ("flow_sde", 0.5, False), ("flow_sde", 0.5, False)]
+    assert shown[3:] == [("ode", 0.3, True), ("cps", 0.3, False), ("cps", 0.3, False)]
+    assert [inputs[2] for inputs, _, _ in guidance] == [4.5, 2.0]
+    assert not torch.equal(steps[1][0][6], steps[2][0][6])  # each path draws its own noise
+    assert all(torch.equal(inputs[1], guidance[i // 3][2]) for i, (inputs, _, _) in enumerate(steps))
+
+
+# LoRA
+
+
+def metadata(folder):
+    with safe_open(folder / "pytorch_lora_weights.safetensors", "pt") as file:
+        return json.loads(file.metadata()["lora_adapter_metadata"])
+
+
+def generate(pipe):
+    pipe.set_progress_bar_config(disable=True)
+    inputs = {"height": 32, "width": 32, "num_inference_steps": 2, "output_type": "np"}
+    return pipe("a cat", generator=torch.Generator().manual_seed(0), **inputs).images
+
+
+@covers("--rank", "--lora_alpha")
+@pytest.mark.parametrize(
+    ("flags", "rank", "alpha"), [([], 32, 32), (["--rank", 4], 4, 4), (["--lora_alpha", 8], 32, 8)]
+)
+def test_rank_and_alpha(flags, rank, alpha, run, pipeline):
+    """In the shapes and in the metadata, and in effect when a pipeline loads the file."""
+    out = run(LORA, *flags)
+    assert {tensor.shape[0] for name, tensor in weights(out).items() if "lora_A" in name} == {rank}
+    found = metadata(out)
+    assert (found["transformer.r"], found["transformer.lora_alpha"]) == (rank, alpha)
+    pipe = StableDiffusion3Pipeline.from_pretrained(pipeline)
+    pipe.load_lora_weights(out)
+    scales = {s for m in pipe.transformer.modules() if hasattr(m, "scaling") for s in m.scaling.values()}
+    assert scales == {alpha / rank}
+
+
+@covers("--lora_dropout")
+def test_lora_dropout(run, monkeypatch):
+    """Active in training, not in validation, and not in the file's effect."""
+    made = seen(monkeypatch, importlib.import_module(LORA), "load_transformer")
+    run(LORA, "--lora_dropout", 0.25)
+    rates = {m.p for m in made[0][2].modules() if isinstance(m, torch.nn.Dropout) and m.p}
+    assert rates == {0.25}
+
+
+ATTENTION = {f"attn.{name}" for name in "to_q to_k to_v to_out.0 add_q_proj add_k_proj add_v_proj to_add_out".split()}
+SECOND = {f"attn2.{name}" for name in "to_q to_k to_v to_out.0".split()}
+
+
+def layers_of(blocks, layers):
+    return {(block, layer) for block in blocks for layer in layers}
+
+
+@covers("--lora_layers", "--lora_blocks")
+@pytest.mark.parametrize(
+    ("flags", "layers"),
+    [
+        # The last block has no text output, and only the first two have a second attention.
+        ([], layers_of("012", ATTENTION) - {("2", "attn.to_add_out")} | layers_of("01", SECOND)),
+        (["--lora_layers", "attn.to_q, ff.net.2"], layers_of("012", ["attn.to_q", "ff.net.2"])),
+        (["--lora_layers", "to_k"], layers_of("012", ["attn.to_k"]) | layers_of("01", ["attn2.to_k"])),
+        (["--lora_blocks", "1"], layers_of("1", ATTENTION | SECOND)),
+        (["--lora_blocks", "0, 2", "--lora_layers", "attn.to_k"], layers_of("02", ["attn.to_k"])),
+        (["--lora_blocks", "1, 2", "--lora_layers", "to_k"], layers_of("12", ["attn.to_k"]) | {("1", "attn2.to_k")}),
+    ],
+    ids=str,
+)
+def test_lora_layers(flags, layers, run):
+    """Exactly the layers that were named have a LoRA; by default all attention layers, the second ones too."""
+    out = run(LORA, *flags)
+    names = {name.removeprefix("transformer.transformer_blocks.").rpartition(".lora_")[0] for name in weights(out)}
+    assert {tuple(name.split(".", 1)) for name in names} == layers
+
+
+@covers("--use_dora")
+def test_dora(run, default, pipeline):
+    """Magnitudes are trained and saved, and change what a pipeline that loads the file draws."""
+    out = run(LORA, "--use_dora", "--learning_rate", 1e-2)
+    magnitudes = [name for name in weights(out) if "lora_magnitude_vector" in name]
+    assert magnitudes and metadata(out)["transformer.use_dora"]
+    pipe = StableDiffusion3Pipeline.from_pretrained(pipeline)
+    before = generate(pipe)
+    pipe.load_lora_weights(out)
+    after = generate(pipe)
+    assert np.abs(after - before).max() > 1e-3
+    state = {name: tensor for name, tensor in pipe.transformer.state_dict().items() if "lora_magnitude_vector" in name}
+    assert len(state) == len(magnitudes)
+    plain = default(LORA, "--learning_rate", 1e-2)
+    pipe.unload_lora_weights()
+    pipe.load_lora_weights(plain)
+    assert np.abs(after - generate(pipe)).max() > 1e-4
+
+
+@covers("--bnb_quantization_config_path")
+def test_four_bit_base(run, monkeypatch, tmp_path, pipeline):
+    """QLoRA: 4-bit frozen weights, a float32 LoRA that trains on them and loads on the full-precision model."""
+    from bitsandbytes.nn import Linear4bit
+    from diffusers.quantizers.bitsandbytes.bnb_quantizer import BnB4BitDiffusersQuantizer
+
+    # bitsandbytes computes on a CPU too; diffusers only wants to see a GPU.
+    monkeypatch.setattr(BnB4BitDiffusersQuantizer, "validate_environment", lambda *_, **__: None)
+    monkeypatch.setattr(BnB4BitDiffusersQuantizer, "update_device_map", lambda self, device_map: {"": "cpu"})
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    made = seen(monkeypatch, importlib.import_module(LORA), "load_transformer")
+    config = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": "bfloat16"}
+    path = tmp_path / "nf4.json"
+    path.write_text(json.dumps(config | {"bnb_4bit_use_double_quant": True}))
+    out = run(LORA, "--bnb_quantization_config_path", path, "--mixed_precision", "bf16")
+    transformer = made[0][2]
+    quantized = [module for module in transformer.modules() if isinstance(module, Linear4bit)]
+    assert quantized and {module.weight.quant_type for module in quantized} == {"nf4"}
+    trained = [parameter for parameter in transformer.parameters() if parameter.requires_grad]
+    assert trained and {parameter.dtype for parameter in trained} == {torch.float32}
+    pipe = StableDiffusion3Pipeline.from_pretrained(pipeline)
+    before = generate(pipe)
+    pipe.load_lora_weights(out)
+    assert np.abs(generate(pipe) - before).max() > 1e-3
+
+
+# Checkpoints
+
+
+@covers("--checkpointing_steps", "--checkpoints_total_limit", "--resume_from_checkpoint")
+def test_checkpoints(run, tmp_path, logged):
+    """Every N steps, the newest are kept; a run goes on from a path as from `latest`."""
+    arguments = (SFT, "--max_train_steps", 5)
+
+    def kept(folder):
+        return sorted(path.name for path in folder.glob("checkpoint-*"))
+
+    out = run(*arguments, "--checkpointing_steps", 2)
+    assert kept(out) == ["checkpoint-2", "checkpoint-4"]
+    limited = run(
+        *arguments, "--checkpointing_steps", 1, "--checkpoints_total_limit", 2, "--output_dir", tmp_path / "b"
+    )
+    assert kept(limited) == ["checkpoint-4", "checkpoint-5"]
+    for wanted, first in ((out / "checkpoint-2", 3), ("checkpoint-4", 5)):
+        logged.clear()
+        resumed = tmp_path / f"from-{first}"
+        if first == 5:
+            shutil.copytree(out, resumed)
+        run(*arguments, "--resume_from_checkpoint", wanted, "--output_dir", resumed)
+        assert [logs["step"] for logs in logged] == list(range(first, 6))
+        assert equal(resumed, out)
+
+
+# Validation
+
+
+@covers("--validation_prompt", "--num_validation_images", "--validation_steps", "--skip_final_inference")
+@covers("--num_inference_steps", "--guidance_scale")
+def test_validation(run, monkeypatch, tmp_path):
+    """How often, of what, how many and how; the same seeds and prompts every time."""
+    calls = seen(monkeypatch, StableDiffusion3Pipeline, "__call__")
+    arguments = (SFT, "--validation_prompt", "a cat", "--validation_prompt", "a dog", "--max_train_steps", 3)
+    arguments += ("--num_validation_images", 3, "--validation_steps", 2)
+    out = run(*arguments, "--num_inference_steps", 3, "--guidance_scale", 2)
+    assert sorted(path.name for path in (out / "validation").iterdir()) == ["step-2.png", "step-3.png"]
+    assert Image.open(out / "validation" / "step-2.png").size == (3 * 32, 2 * 32)
+    assert len(list((out / "samples").iterdir())) == 6
+    assert len(calls) == 2 * 2 * 3
+    assert {(more["num_inference_steps"], more["guidance_scale"]) for _, more, _ in calls} == {(3, 2.0)}
+    seeds = [more["generator"].initial_seed() for _, more, _ in calls]
+    assert len(set(seeds[:3])) == 3 and seeds == seeds[:3] * 4
+    assert not torch.equal(calls[0][1]["prompt_embeds"], calls[3][1]["prompt_embeds"])
+    calls.clear()
+    out = run(*arguments, "--skip_final_inference", "--output_dir", tmp_path / "skip")
+    assert [path.name for path in (out / "validation").iterdir()] == ["step-2.png"] and len(calls) == 6
+    assert not (out / "samples").exists()
+    calls.clear()
+    run(SFT, "--output_dir", tmp_path / "none")
+    assert not calls
+
+
+def test_the_same_prompt_twice(run):
+    out = run(SFT, "--validation_prompt", "a cat", "--validation_prompt", "a cat", "--max_train_steps", 1)
+    assert (out / "validation" / "step-1.png").exists()
+
+
+def test_validation_does_not_disturb_the_training(default, run):
+    assert equal(default(SFT), run(SFT, "--validation_prompt", "a cat", "--validation_steps", 1))
+
+
+# Logging and hub
+
+
+@covers("--report_to")
+def test_report_to(run, default):
+    """TensorBoard has the curves and the validation images; `none` writes no log."""
+    arguments = ("--report_to", "tensorboard", "--validation_prompt", "a cat", "--validation_steps", 1)
+    out = run(SOAR, *arguments, "--num_validation_images", 2)
+    (file,) = (out / "logs" / SOAR).glob("events.out.tfevents.*")  # hyperparameters have a folder below
+    events = EventAccumulator(str(file), {"images": 0, "scalars": 0})
+    events.Reload()
+    for name in ("loss", "loss_base", "loss_aux", "grad_norm", "lr", "samples_per_second"):
+        points = events.Scalars(name)
+        assert [point.step for point in points] == [1, 2] and all(math.isfinite(point.value) for point in points)
+    assert events.Scalars("lr")[0].value == pytest.approx(1e-3)
+    assert [image.step for image in events.Images("validation")] == [1, 2]
+    assert not list(default(SOAR).rglob("events*"))
+
+
+@covers("--push_to_hub", "--hub_model_id", "--hub_token")
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_push_to_hub(script, run, monkeypatch, tmp_path, caplog):
+    """Only the result and its card are uploaded, to the repository that was named; no secret is in any file or log."""
+    caplog.set_level(logging.INFO)
+    tokens, calls = [], []
+
+    class Hub:
+        def __init__(self, token=None):
+            tokens.append(token)
+
+        def create_repo(self, name, **more):
+            calls.append(name)
+            return huggingface_hub.RepoUrl(f"https://huggingface.co/{name if '/' in name else 'me/' + name}")
+
+        def upload_folder(self, repo_id, folder_path, allow_patterns, **more):
+            files = [
+                path.relative_to(folder_path).as_posix() for path in Path(folder_path).rglob("*") if path.is_file()
+            ]
+            calls.append((repo_id, set(filter_repo_objects(files, allow_patterns=allow_patterns))))
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
+    monkeypatch.setenv("HF_TOKEN", "hf_fromtheenvironment")
+    arguments = (
+        "--validation_prompt",
+        "a cat",
+        "--checkpointing_steps",
+        1,
+        "--cache_latents",
+        "--report_to",
+        "tensorboard",
+    )
+    out = run(script, *arguments, "--push_to_hub", "--hub_model_id", "me/mine", "--hub_token", "hf_mysecret")
+    assert tokens == ["hf_mysecret"] and calls[0] == "me/mine"
+    result = {"README.md", "training_args.json", "samples/0-0.png"}
+    parts = {"transformer/config.json", "transformer/diffusion_pytorch_model.safetensors"}
+    assert calls[1] == ("me/mine", result | ({"pytorch_lora_weights.safetensors"} if script == LORA else parts))
+    for path in out.rglob("*"):
+        if path.is_file():
+            data = path.read_bytes()
+            assert b"hf_mysecret" not in data and b"hf_fromtheenvironment" not in data, path
+    assert "hf_mysecret" not in caplog.text
+    assert "me/mine" in (out / "README.md").read_text()
+
+    calls.clear()
+    run(script, "--push_to_hub", "--hub_token=hf_mysecret", "--output_dir", tmp_path / "named")
+    assert calls[0] == "named" and calls[1][0] == "me/named"
+    assert not any(b"hf_mysecret" in path.read_bytes() for path in (tmp_path / "named").rglob("*") if path.is_file())
+    calls.clear()
+    run(script, "--output_dir", tmp_path / "quiet")
+    assert not calls
