@@ -476,7 +476,7 @@ def nothing(folder, model):
         (nothing, ["--aspect_ratio_buckets", "32,48;32,32"], None, 0),
         (nothing, ["--validation_prompt", "a dog", "--skip_final_inference"], 0, 1),
     ],
-    ids=str,
+    ids=lambda value: getattr(value, "__name__", str(value)),
 )
 def test_caches_are_keyed_by_content(change, flags, images, prompts, run, filled, encoded, pipeline, tmp_path):
     """Only what changed is encoded again; where nothing did, the text encoders are not even loaded."""

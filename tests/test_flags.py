@@ -755,7 +755,7 @@ def layers_of(blocks, layers):
         (["--lora_blocks", "0, 2", "--lora_layers", "attn.to_k"], layers_of("02", ["attn.to_k"])),
         (["--lora_blocks", "1, 2", "--lora_layers", "to_k"], layers_of("12", ["attn.to_k"]) | {("1", "attn2.to_k")}),
     ],
-    ids=str,
+    ids=lambda value: None if isinstance(value, set) else str(value),
 )
 def test_lora_layers(flags, layers, run):
     """Exactly the layers that were named have a LoRA; by default all attention layers, the second ones too."""
