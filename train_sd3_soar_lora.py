@@ -1092,7 +1092,14 @@ FREE_ON_RESUME = """
     validation_steps
 """.split()
 PRIVATE_ARGUMENTS = ("hub_token", "command", "buckets")  # a secret, and what `check_args` derives
-RESULTS = ("transformer", "pytorch_lora_weights.safetensors", "training_args.json", "README.md", "samples")
+RESULTS = (
+    "transformer",
+    "pytorch_lora_weights.safetensors",
+    "training_args.json",
+    "README.md",
+    "samples",
+    "validation",
+)
 STOP_SIGNALS = [signal.SIGTERM, signal.SIGINT]  # what cluster schedulers send, and Ctrl-C
 if hasattr(signal, "SIGUSR1"):  # not on Windows
     STOP_SIGNALS.append(signal.SIGUSR1)
@@ -1104,6 +1111,12 @@ def public_arguments(args):
     return {name: value for name, value in vars(args).items() if name not in PRIVATE_ARGUMENTS}
 
 
+def old_results(args):
+    """What an earlier run has left in --output_dir."""
+    output = Path(args.output_dir)
+    return [path for path in (*(output / name for name in RESULTS), *output.glob("checkpoint-*")) if path.exists()]
+
+
 def find_checkpoint(args):
     """
     The checkpoint that --resume_from_checkpoint means. Without that flag, refuse to write over another run's result.
@@ -1112,15 +1125,13 @@ def find_checkpoint(args):
         `tuple[str, dict]`: its folder and its `trainer_state.json`; `(None, {"step": 0})` to start from the beginning.
     """
     wanted, output = args.resume_from_checkpoint, Path(args.output_dir)
-    old = [path for path in (*(output / name for name in RESULTS), *output.glob("checkpoint-*")) if path.exists()]
+    old = old_results(args)
     if not wanted and old and not args.overwrite_output_dir:
         fail(
             f"--output_dir {output} holds another run ({', '.join(sorted(path.name for path in old))}): choose a new "
             "folder, go on with --resume_from_checkpoint latest, or delete it with --overwrite_output_dir"
         )
     if not wanted:
-        for path in old:
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
         return None, {"step": 0}
     folders = [Path(wanted), output / wanted]
     if wanted == "latest":
@@ -1566,6 +1577,9 @@ def main(args):
         logger.info(f"Resumed from {checkpoint}")
     lr_scheduler = make_lr_scheduler(args, optimizer.optimizer, global_step)
     batches = iter(make_dataloader(args, accelerator, images, global_step))
+    if accelerator.is_main_process and args.overwrite_output_dir and not args.resume_from_checkpoint:
+        for path in old_results(args):  # only now that everything has loaded and nothing can be wrong with the input
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
     if args.report_to != "none":
         config = {k: v if isinstance(v, (int, float, str)) else str(v) for k, v in public_arguments(args).items()}
         accelerator.init_trackers(Path(__file__).stem, config)

@@ -199,7 +199,11 @@ def test_another_run_is_not_overwritten(run):
     with pytest.raises(SystemExit, match="holds another run .*--overwrite_output_dir"):
         run("train_sd3_soar", "--output_dir", out)
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
-    run("train_sd3_soar", "--output_dir", out, "--overwrite_output_dir")
+    overwrite = ("train_sd3_soar", "--output_dir", out, "--overwrite_output_dir")
+    with pytest.raises(SystemExit, match="fewer than one global batch"):
+        run(*overwrite, "--train_batch_size", 9)
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("*") if path in before} == before  # not yet
+    run(*overwrite)
     assert not (out / "checkpoint-1").exists() and (out / "transformer").exists()
 
 
