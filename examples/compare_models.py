@@ -78,19 +78,23 @@ def main():
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    pipeline = StableDiffusion3Pipeline.from_pretrained(args.pretrained_model_name_or_path, torch_dtype=dtype)
+    pipeline = StableDiffusion3Pipeline.from_pretrained(
+        args.pretrained_model_name_or_path, use_safetensors=True, dtype=dtype
+    )
     pipeline.to(device)
     base = pipeline.transformer
     rows = {}
     for name, folder in models.items():
         print(f"sampling from {name}")
         if (folder / "transformer").is_dir():
-            transformer = SD3Transformer2DModel.from_pretrained(folder / "transformer", torch_dtype=dtype).to(device)
+            transformer = SD3Transformer2DModel.from_pretrained(
+                folder / "transformer", use_safetensors=True, dtype=dtype
+            ).to(device)
             pipeline.register_modules(transformer=transformer)
             rows[name] = sample(pipeline, args)
             pipeline.register_modules(transformer=base)
         else:
-            pipeline.load_lora_weights(folder)
+            pipeline.load_lora_weights(folder, weight_name="pytorch_lora_weights.safetensors")
             rows[name] = sample(pipeline, args)
             pipeline.unload_lora_weights()
     draw_sheet(rows, args.prompts, args.output)

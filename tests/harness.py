@@ -138,6 +138,7 @@ def torture(case, folder, model, photos, kills, rng):
         [`Outcome`]: whether the weights are bit-identical and every logged loss is the same.
     """
     script, extra = CASES[case]
+    importlib.import_module(script)  # not part of the duration
     arguments = ["--pretrained_model_name_or_path", model, "--train_data_dir", photos, *COMMON, *extra.split()]
     whole, broken = Path(folder, "whole"), Path(folder, "broken")
     Path(folder).mkdir(parents=True, exist_ok=True)

@@ -3,8 +3,11 @@
 
 import ast
 import json
+import math
 import subprocess
 import sys
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -148,6 +151,79 @@ def test_calls_and_graphs_of_a_soar_step(run, monkeypatch, paths, length, chunk,
     assert sum(grad for grad, _ in calls) == with_graph
     assert sum(not grad for grad, _ in calls) == without_graph
     assert sum(samples for grad, samples in calls if grad) == 2 * (1 + paths * length)
+
+
+@pytest.mark.parametrize("paths", [1, 2])
+def test_the_step_follows_the_equations(paths, photos):
+    """Every term of the loss, sample by sample, against the equations of the paper written out with plain numbers."""
+    import train_sd3_soar
+
+    n, k, shift, cfg, scale, lam = 3, 10, 3.0, 4.5, 0.5, 0.7
+    arguments = f"""--pretrained_model_name_or_path x --train_data_dir {photos} --num_rollout_paths {paths}
+        --lambda_aux {lam} --trajectory_length {n} --num_sampling_steps {k} --sde_rollout_type cps
+        --weighting_scheme cosmap"""
+    args = train_sd3_soar.parse_args(arguments.split())
+
+    def model(hidden_states, timestep, encoder_hidden_states, pooled_projections, return_dict=True):
+        """Something that tells all its inputs apart."""
+        level, text, vector = 2e-4 * timestep, encoder_hidden_states.mean((1, 2)), 1 + pooled_projections.mean(1)
+        level, text, vector = (value.view(-1, 1, 1, 1) for value in (level, text, vector))
+        return ((0.3 * hidden_states + level + text) * vector,)
+
+    latents, embeds, null = torch.randn(2, 4, 6, 6), torch.randn(2, 5, 8), torch.randn(1, 5, 8)
+    pooled, null_pooled = torch.randn(2, 3), torch.randn(1, 3)
+    batch = {
+        "latents": latents,
+        "generators": [torch.Generator().manual_seed(seed) for seed in (1, 2)],
+        "prompt_embeds": embeds,
+        "pooled_prompt_embeds": pooled,
+        "null_prompt_embeds": null.expand(2, -1, -1),
+        "null_pooled_prompt_embeds": null_pooled.expand(2, -1),
+    }
+    accelerator = SimpleNamespace(
+        gradient_state=SimpleNamespace(_set_sync_gradients=lambda on: None), no_sync=lambda model: nullcontext()
+    )
+    terms = list(train_sd3_soar.training_losses(args, accelerator, model, batch, shift, True))
+
+    base, aux = [], []
+    for i, seed in enumerate((1, 2)):
+        generator, z0 = torch.Generator().manual_seed(seed), latents[i : i + 1]
+
+        def v(x, sigma, prompt=embeds[i : i + 1], vector=pooled[i : i + 1]):
+            return model(x, torch.tensor([1000.0 * sigma]), prompt, vector)[0]
+
+        def error(prediction, target, sigma):
+            weight = 2 / (math.pi * (1 - 2 * sigma + 2 * sigma**2))
+            return weight * (prediction - target).square().mean().item()
+
+        z1 = torch.randn(4, 6, 6, generator=generator)[None]
+        u = torch.rand(1, generator=generator).item()
+        sigma = shift * u / (1 + (shift - 1) * u)
+        u_next = max(u - 1 / k, 1e-3)
+        sigma_next = shift * u_next / (1 + (shift - 1) * u_next)
+        x = (1 - sigma) * z0 + sigma * z1
+        base.append(error(v(x, sigma), z1 - z0, sigma))
+        uncond = v(x, sigma, null, null_pooled)
+        guided = uncond + cfg * (v(x, sigma) - uncond)
+        for path in range(paths):
+            if path == 0:
+                state = x + guided * (sigma_next - sigma)
+            else:
+                fresh = torch.randn(4, 6, 6, generator=generator)[None]
+                h = sigma_next * math.sin(scale * math.pi / 2)
+                state = (1 - sigma_next) * (x - sigma * guided) + h * fresh
+                state = state + math.sqrt(sigma_next**2 - h**2) * (x + (1 - sigma) * guided)
+            for _ in range(n):
+                sigma_aux = sigma_next + torch.rand((), generator=generator).item() * (1 - sigma_next)
+                a = (sigma_aux - sigma_next) / (1 - sigma_next)
+                aux_state = (1 - a) * state + a * z1
+                aux.append(error(v(aux_state, sigma_aux), (aux_state - z0) / sigma_aux, sigma_aux))
+    expected = (sum(base) + lam * sum(aux)) / (2 + lam * 2 * n * paths)
+    assert sum(loss.item() for loss, _ in terms) == pytest.approx(expected, rel=1e-4)
+    assert sum(v["loss_base"].item() for _, v in terms if "loss_base" in v) == pytest.approx(sum(base) / 2, rel=1e-4)
+    logged = sum(v["loss_aux"].item() for _, v in terms if "loss_aux" in v)
+    assert logged == pytest.approx(sum(aux) / len(aux), rel=1e-4)
+    assert len(aux) == 2 * n * paths
 
 
 def test_loss_does_not_depend_on_the_chunks(run, tmp_path):
