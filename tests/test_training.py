@@ -159,6 +159,7 @@ def test_the_step_follows_the_equations(paths, photos):
     import train_sd3_soar
 
     n, k, shift, cfg, scale, lam = 3, 10, 3.0, 4.5, 0.5, 0.7
+    seeds = (1, 262)  # the second draws u = 0.0026: its rollout ends at the floor
     arguments = f"""--pretrained_model_name_or_path x --train_data_dir {photos} --num_rollout_paths {paths}
         --lambda_aux {lam} --trajectory_length {n} --num_sampling_steps {k} --sde_rollout_type cps
         --weighting_scheme cosmap"""
@@ -174,7 +175,7 @@ def test_the_step_follows_the_equations(paths, photos):
     pooled, null_pooled = torch.randn(2, 3), torch.randn(1, 3)
     batch = {
         "latents": latents,
-        "generators": [torch.Generator().manual_seed(seed) for seed in (1, 2)],
+        "generators": [torch.Generator().manual_seed(seed) for seed in seeds],
         "prompt_embeds": embeds,
         "pooled_prompt_embeds": pooled,
         "null_prompt_embeds": null.expand(2, -1, -1),
@@ -186,7 +187,7 @@ def test_the_step_follows_the_equations(paths, photos):
     terms = list(train_sd3_soar.training_losses(args, accelerator, model, batch, shift, True))
 
     base, aux = [], []
-    for i, seed in enumerate((1, 2)):
+    for i, seed in enumerate(seeds):
         generator, z0 = torch.Generator().manual_seed(seed), latents[i : i + 1]
 
         def v(x, sigma, prompt=embeds[i : i + 1], vector=pooled[i : i + 1]):
