@@ -461,12 +461,11 @@ def check_model(args):
             for part in parts[:-1] if args.no_text_encoder_3 else parts:
                 if Path(name, part).is_dir() and not any(Path(name, part).glob("*.safetensors")):
                     raise ValueError(f"{part} has no weights as safetensors, and pickled ones are not loaded")
-        max_side = 2 ** (len(vae["block_out_channels"]) - 1) * transformer["patch_size"]
-        max_side *= transformer["pos_embed_max_size"]
+        vae_scale_factor = 2 ** (len(vae["block_out_channels"]) - 1)
+        divisor = vae_scale_factor * transformer["patch_size"]
+        max_side = divisor * transformer["pos_embed_max_size"]
     if scheduler.get("use_dynamic_shifting"):
         fail(f"{name}: its scheduler uses dynamic shifting; these scripts need a constant `shift`, as SD3.5 has")
-    vae_scale_factor = 2 ** (len(vae["block_out_channels"]) - 1)
-    divisor = vae_scale_factor * transformer["patch_size"]
     trained_layers(args, transformer)
     model = {
         "shift": scheduler.get("shift", 1.0),

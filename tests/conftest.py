@@ -45,14 +45,24 @@ def photos(tmp_path_factory):
     return folder
 
 
-def write_photos(folder):
-    """Write the photographs that scikit-image ships, and their captions."""
+@pytest.fixture(scope="session")
+def small_photos(tmp_path_factory):
+    """The same photographs, at most 64 pixels wide and high."""
+    folder = tmp_path_factory.mktemp("small_photos")
+    write_photos(folder, 64)
+    return folder
+
+
+def write_photos(folder, side=10_000):
+    """Write the photographs that scikit-image ships, no side longer than `side` pixels, and their captions."""
     from skimage import data
 
     folder.mkdir(exist_ok=True)
     with open(folder / "metadata.jsonl", "w") as metadata:
         for name, caption in PHOTOS.items():
-            Image.fromarray(getattr(data, name)()).save(folder / f"{name}.png")
+            image = Image.fromarray(getattr(data, name)())
+            image.thumbnail((side, side))
+            image.save(folder / f"{name}.png")
             metadata.write(json.dumps({"file_name": f"{name}.png", "text": caption}) + "\n")
 
 

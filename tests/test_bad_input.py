@@ -42,15 +42,9 @@ def forbid_weights(patch):
 
 
 @pytest.fixture(scope="module")
-def photos(photos, tmp_path_factory):
-    """The photographs, small: decoding large ones would take most of the time here."""
-    folder = tmp_path_factory.mktemp("small_photos")
-    shutil.copy(photos / "metadata.jsonl", folder)
-    for name in PHOTOS:
-        image = Image.open(photos / f"{name}.png")
-        image.thumbnail((64, 64))
-        image.save(folder / f"{name}.png")
-    return folder
+def photos(small_photos):
+    """Decoding large photographs would take most of the time here."""
+    return small_photos
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import PHOTOS, ROOT, SCRIPTS, equal, weights
+from conftest import ROOT, SCRIPTS, equal, weights
 from diffusers import AutoencoderKL, SD3Transformer2DModel, StableDiffusion3Pipeline
 from diffusers.models.attention import JointTransformerBlock
 from diffusers.training_utils import EMAModel
@@ -71,15 +71,9 @@ def test_every_flag_has_a_test(script, monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def photos(photos, tmp_path_factory):
-    """The photographs, small: decoding large ones would take most of the time here."""
-    folder = tmp_path_factory.mktemp("small_photos")
-    shutil.copy(photos / "metadata.jsonl", folder)
-    for name in PHOTOS:
-        image = Image.open(photos / f"{name}.png")
-        image.thumbnail((64, 64))
-        image.save(folder / f"{name}.png")
-    return folder
+def photos(small_photos):
+    """Decoding large photographs would take most of the time here."""
+    return small_photos
 
 
 DEFAULT_RUNS = {}
