@@ -76,6 +76,7 @@ from accelerate.utils import (
     gather_object,
 )
 from diffusers import AutoencoderKL, SD3Transformer2DModel, StableDiffusion3Pipeline
+from diffusers.hooks import apply_group_offloading
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from diffusers.optimization import SchedulerType, get_scheduler
 from diffusers.training_utils import (
@@ -115,6 +116,7 @@ def parse_args(input_args=None):
     add("--no_text_encoder_3", action="store_true", help="Leave the T5 encoder out; the pipeline feeds zeros instead.")
     add("--mixed_precision", choices=["no", "fp16", "bf16"], help="Default: what `accelerate config` says.")
     add("--gradient_checkpointing", action="store_true", help="Recompute activations: less memory, a third slower.")
+    add("--torch_compile", action="store_true", help="Compile the blocks: slow first steps, then faster ones.")
     add("--allow_tf32", action="store_true", help="TF32 matrix products for float32 on Ampere and newer GPUs.")
 
     data = parser.add_argument_group("data (exactly one of --dataset_name, --train_data_dir, --jsonl_path)")
@@ -138,7 +140,7 @@ def parse_args(input_args=None):
     add("--cache_latents", action="store_true", help="Encode every image once, to disk; keeps one crop an image.")
     add("--cache_prompt_embeds", action="store_true", help="Encode every caption once, to disk.")
     add("--cache_dir", help="Folder of both caches, shared by runs. Default: OUTPUT_DIR/cache.")
-    add("--offload", action="store_true", help="Keep encoders that are still needed on the CPU between uses.")
+    add("--offload", action="store_true", help="For small cards: encoders stay on the CPU between uses.")
     add("--dataloader_num_workers", type=at_least(0), default=0)
 
     training = parser.add_argument_group("training")
@@ -158,6 +160,7 @@ def parse_args(input_args=None):
     add("--lr_step_rules", help='Rules of piecewise_constant: "1:10,0.1:20,0.01" is x1 to step 10, x0.1 to 20, x0.01.')
     add("--optimizer", choices=["adamw", "prodigy"], default="adamw")
     add("--use_8bit_adam", action="store_true", help="AdamW with 8-bit state (bitsandbytes).")
+    add("--full_bf16", action="store_true", help="bf16 weights and 8-bit AdamW (torchao): fits a card of 24 GB.")
     add("--adam_beta1", type=between(0, 0.99999), default=0.9)
     add("--adam_beta2", type=between(0, 0.99999), default=0.999)
     add("--adam_weight_decay", type=at_least(0, float), default=1e-2)
@@ -258,11 +261,14 @@ def check_args(parser, input_args):
     if args.resolution % 16 or any(side % 16 for bucket in args.buckets for side in bucket):
         parser.error("--resolution and every side of --aspect_ratio_buckets must be divisible by 16")
 
-    for package, wanted in (("prodigyopt", args.optimizer == "prodigy"), ("bitsandbytes", args.use_8bit_adam)):
+    optimizers = {"prodigyopt": args.optimizer == "prodigy", "bitsandbytes": args.use_8bit_adam}
+    for package, wanted in (optimizers | {"torchao": args.full_bf16}).items():
         if wanted and importlib.util.find_spec(package) is None:
             parser.error(f"{package} is not installed: `pip install {package}`")
     if args.use_8bit_adam and args.optimizer != "adamw":
         parser.error(f"--use_8bit_adam goes with --optimizer adamw, not {args.optimizer}")
+    if args.full_bf16 and (args.use_8bit_adam or args.optimizer != "adamw"):
+        parser.error("--full_bf16 has an 8-bit AdamW of its own: leave --use_8bit_adam and --optimizer out")
     if args.lr_scheduler == "piecewise_constant":
         try:
             get_scheduler(args.lr_scheduler, torch.optim.SGD([torch.zeros(1)]), step_rules=args.lr_step_rules)
@@ -317,12 +323,12 @@ def trained_layers(args, config):
 
 def load_transformer(args, folder, weight_dtype, checkpoint=None):
     """
-    The transformer to train, all weights in float32, from `checkpoint` where there is one.
+    The transformer to train, all weights in float32 or --full_bf16, from `checkpoint` where there is one.
 
     Args:
         args (`argparse.Namespace`): The command line.
         folder (`str`): Local pipeline folder.
-        weight_dtype (`torch.dtype`): Unused here: the weights that train stay float32.
+        weight_dtype (`torch.dtype`): Of the weights with --full_bf16.
         checkpoint (`str`, *optional*): Folder that [`save_transformer`] wrote.
 
     Returns:
@@ -332,7 +338,7 @@ def load_transformer(args, folder, weight_dtype, checkpoint=None):
         checkpoint or folder,
         subfolder="transformer",
         variant=None if checkpoint else args.variant,
-        dtype=torch.float32,
+        dtype=weight_dtype if args.full_bf16 else torch.float32,
         use_safetensors=True,
     )
 
@@ -762,17 +768,18 @@ def digest_encoders(args, folder, weight_dtype):
     return {"vae": digest("vae"), "text": [text, args.max_sequence_length, str(weight_dtype), args.no_text_encoder_3]}
 
 
-def load_encoders(args, folder, weight_dtype, joint_attention_dim, tokenizers_only=False):
+def load_encoders(args, folder, weight_dtype, joint_attention_dim, device=None):
     """
-    The pipeline with its tokenizers and text encoders, on the CPU, and without its transformer and VAE.
+    The pipeline with its tokenizers and text encoders, and without its transformer and VAE.
 
     Args:
         joint_attention_dim (`int`): Width of the zeros that `encode_prompt` puts in place of a missing T5 encoder.
+        device (`torch.device`, *optional*): Where the encoders compute. Without it only the tokenizers are loaded.
     """
     missing = dict.fromkeys(["transformer", "vae"])
     if args.no_text_encoder_3:
         missing |= dict.fromkeys(["text_encoder_3", "tokenizer_3"])
-    if tokenizers_only:
+    if device is None:
         missing |= dict.fromkeys(["text_encoder", "text_encoder_2", "text_encoder_3"])
     with loading(args):
         pipeline = StableDiffusion3Pipeline.from_pretrained(
@@ -780,11 +787,12 @@ def load_encoders(args, folder, weight_dtype, joint_attention_dim, tokenizers_on
         )
     # `encode_prompt` asks the transformer for nothing but this width.
     pipeline.transformer = SimpleNamespace(config=SimpleNamespace(joint_attention_dim=joint_attention_dim))
+    for encoder in (pipeline.text_encoder, pipeline.text_encoder_2, pipeline.text_encoder_3):
+        if encoder is not None and args.offload:  # T5 alone has 9.5 GB: its layers visit the device one by one
+            apply_group_offloading(encoder, device, offload_type="leaf_level", use_stream=device.type == "cuda")
+        elif encoder is not None:
+            encoder.to(device)
     return pipeline
-
-
-def text_encoders(pipeline):
-    return [e for e in (pipeline.text_encoder, pipeline.text_encoder_2, pipeline.text_encoder_3) if e is not None]
 
 
 @torch.no_grad()
@@ -795,15 +803,14 @@ def encode_prompts(args, pipeline, prompts, device):
     Returns:
         `dict`: `prompt_embeds` `(B, tokens, joint_attention_dim)` and `pooled_prompt_embeds` `(B, pooled_dim)`.
     """
-    with offload_models(*text_encoders(pipeline), device=device):
-        prompt_embeds, _, pooled_prompt_embeds, _ = pipeline.encode_prompt(
-            prompts,
-            prompts,
-            prompts,
-            device=device,
-            do_classifier_free_guidance=False,
-            max_sequence_length=args.max_sequence_length,
-        )
+    prompt_embeds, _, pooled_prompt_embeds, _ = pipeline.encode_prompt(
+        prompts,
+        prompts,
+        prompts,
+        device=device,
+        do_classifier_free_guidance=False,
+        max_sequence_length=args.max_sequence_length,
+    )
     return {"prompt_embeds": prompt_embeds, "pooled_prompt_embeds": pooled_prompt_embeds}
 
 
@@ -836,9 +843,38 @@ def draw(sample, generators, device):
     return (values.pin_memory() if device.type == "cuda" else values).to(device, non_blocking=True)
 
 
+def prepare_batch(args, batch, null, vae, pipeline, device):
+    """
+    Add to a batch of the data loader what [`training_losses`] asks for, on the device.
+
+    Args:
+        batch (`dict`): From [`collate`].
+        null (`dict`): `prompt_embeds` and `pooled_prompt_embeds` of the empty caption, batch size 1, on the device.
+        pipeline (`StableDiffusion3Pipeline`): With the text encoders; `None` where the batch has embeddings.
+
+    Returns:
+        `dict`: the batch.
+    """
+    batch["generators"] = [torch.Generator().manual_seed(seed) for seed in batch["seed"]]
+    torch.manual_seed(batch["seed"][0])  # LoRA dropout: a function of the position in the run, like all else
+    if "moments" in batch:
+        moments = batch["moments"].to(device, non_blocking=True)
+    else:
+        moments = encode_images(vae, batch["pixels"], device)
+    batch["latents"] = encode_latents(vae, moments, batch["generators"])
+    if pipeline is not None:
+        batch.update(encode_prompts(args, pipeline, batch["caption"], device))
+    drop = batch["drop"].to(device, non_blocking=True)
+    for name in ("prompt_embeds", "pooled_prompt_embeds"):
+        embed = batch[name].to(device, non_blocking=True)
+        batch[f"null_{name}"] = null[name].expand_as(embed)
+        batch[name] = torch.where(drop.view(-1, *[1] * (embed.ndim - 1)), batch[f"null_{name}"], embed)
+    return batch
+
+
 def report_truncation(args, folder, model, captions):
     """Count the captions that are longer than what the text encoders read."""
-    pipeline = load_encoders(args, folder, None, model["joint_attention_dim"], tokenizers_only=True)
+    pipeline = load_encoders(args, folder, None, model["joint_attention_dim"])
     lengths = {"CLIP": (pipeline.tokenizer, pipeline.tokenizer_max_length)}
     if pipeline.tokenizer_3 is not None:
         lengths["T5"] = (pipeline.tokenizer_3, args.max_sequence_length)
@@ -898,11 +934,10 @@ def build_caches(args, accelerator, images, folder, model, vae, weight_dtype, pr
             for path, pixels in progress(loader, desc="Caching latents", unit="image"):
                 save_whole({"moments": encode_images(vae, pixels[None], accelerator.device)[0]}, path)
     if embeds:
-        pipeline = load_encoders(args, folder, weight_dtype, model["joint_attention_dim"])
-        with offload_models(*text_encoders(pipeline), device=accelerator.device):
-            for path, caption in progress(embeds, desc="Caching prompt embeddings", unit="caption"):
-                encoded = encode_prompts(args, pipeline, [caption], accelerator.device)
-                save_whole({name: tensor[0] for name, tensor in encoded.items()}, path)
+        pipeline = load_encoders(args, folder, weight_dtype, model["joint_attention_dim"], accelerator.device)
+        for path, caption in progress(embeds, desc="Caching prompt embeddings", unit="caption"):
+            encoded = encode_prompts(args, pipeline, [caption], accelerator.device)
+            save_whole({name: tensor[0] for name, tensor in encoded.items()}, path)
     accelerator.wait_for_everyone()
     if args.cache_prompt_embeds:
         return {prompt: load_file(images.embeds_path(prompt)) for prompt in prompts}
@@ -1003,8 +1038,8 @@ FREE_ON_RESUME = """
     dataloader_num_workers dataset_config_name dataset_name gradient_accumulation_steps gradient_checkpointing
     guidance_scale hub_model_id image_column image_dir jsonl_path max_skipped_steps max_train_samples max_train_steps
     num_inference_steps num_train_epochs num_validation_images offload offload_ema output_dir overwrite_output_dir
-    push_to_hub report_to resume_from_checkpoint skip_bad_images skip_final_inference train_data_dir validation_prompt
-    validation_steps
+    push_to_hub report_to resume_from_checkpoint skip_bad_images skip_final_inference torch_compile train_data_dir
+    validation_prompt validation_steps
 """.split()
 PRIVATE_ARGUMENTS = ("hub_token", "command", "buckets")  # a secret, and what `check_args` derives
 RESULTS = (
@@ -1167,7 +1202,7 @@ def load_ema(ema, checkpoint):
 
 
 def make_optimizer(args, parameters):
-    """AdamW, AdamW with 8-bit state, or Prodigy."""
+    """AdamW, AdamW with 8-bit state, for float32 weights or bf16 ones, or Prodigy."""
     common = {"lr": args.learning_rate, "weight_decay": args.adam_weight_decay, "eps": args.adam_epsilon}
     common["betas"] = (args.adam_beta1, args.adam_beta2)
     if args.optimizer == "prodigy":
@@ -1185,7 +1220,13 @@ def make_optimizer(args, parameters):
         from bitsandbytes.optim import AdamW8bit
 
         return AdamW8bit(parameters, **common)
-    return torch.optim.AdamW(parameters, **common)
+    if args.full_bf16:
+        from torchao.optim import AdamW8bit
+
+        # Most updates are smaller than half a step between bf16 numbers. Rounding at random, in proportion, keeps them
+        # on average; rounding to the nearest would lose them.
+        return AdamW8bit(parameters, **common, bf16_stochastic_round=True)
+    return torch.optim.AdamW(parameters, **common, fused=True)
 
 
 def make_lr_scheduler(args, optimizer, steps_done=0):
@@ -1335,8 +1376,9 @@ def main(args):
                 InitProcessGroupKwargs(timeout=datetime.timedelta(hours=12)),
             ],
         )
-    if accelerator.state.deepspeed_plugin is not None:
-        config = accelerator.state.deepspeed_plugin.deepspeed_config
+    deepspeed = accelerator.state.deepspeed_plugin
+    if deepspeed is not None:
+        config = deepspeed.deepspeed_config
         config["train_micro_batch_size_per_gpu"] = args.train_batch_size  # read from a prepared data loader otherwise
         if args.use_ema:
             fail("--use_ema does not work with DeepSpeed, which hides its float32 weights; use FSDP2 (fsdp2.yaml)")
@@ -1353,6 +1395,8 @@ def main(args):
     weight_dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
     if weight_dtype == torch.float16 and device.type == "cpu":
         fail("--mixed_precision fp16 needs a GPU; use bf16 or no on a CPU")
+    if args.full_bf16 and (accelerator.mixed_precision != "bf16" or accelerator.is_fsdp2 or deepspeed is not None):
+        fail("--full_bf16 needs --mixed_precision bf16, and one GPU or DDP: FSDP2 and DeepSpeed keep float32 weights")
     global_batch_size = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
     args.cache_dir = args.cache_dir or os.path.join(args.output_dir, "cache")
 
@@ -1406,11 +1450,9 @@ def main(args):
     vae.requires_grad_(False).eval().to("cpu" if args.cache_latents or args.offload else device)
     embeds, pipeline = build_caches(args, accelerator, images, folder, model, vae, weight_dtype, prompts), None
     if embeds is None:
-        pipeline = load_encoders(args, folder, weight_dtype, model["joint_attention_dim"])
-        for encoder in text_encoders(pipeline):
-            encoder.requires_grad_(False).to("cpu" if args.offload else device)
+        pipeline = load_encoders(args, folder, weight_dtype, model["joint_attention_dim"], device)
         embeds = {p: {k: v[0] for k, v in encode_prompts(args, pipeline, [p], device).items()} for p in prompts}
-    null = {f"null_{name}": tensor[None].to(device) for name, tensor in embeds[""].items()}
+    null = {name: tensor[None].to(device) for name, tensor in embeds[""].items()}
     free_memory()
 
     # Model and optimizer
@@ -1418,6 +1460,11 @@ def main(args):
         transformer = load_transformer(args, folder, weight_dtype, checkpoint)
     if args.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
+    if args.torch_compile:
+        # Every kind of block is compiled for every size: with gradient, without, for a last chunk, for validation.
+        torch._dynamo.config.recompile_limit = 16 * len({tuple(item["size"]) for item in inspected})
+        for block in transformer.transformer_blocks:
+            block.compile(dynamic=False)
     transformer.train()
     parameters = [parameter for parameter in transformer.parameters() if parameter.requires_grad]
     with failing_with(f"--optimizer {args.optimizer}"):
@@ -1429,7 +1476,7 @@ def main(args):
     ema = None
     if args.use_ema:
         ema = EMAModel(parameters, decay=args.ema_decay)
-        ema.to("cpu" if args.offload_ema else device)
+        ema.to("cpu" if args.offload_ema else device, dtype=torch.float32)  # bf16 would lose its small steps
 
     def save_only_trained(models, weights, folder):
         save_transformer(accelerator, transformer, folder)
@@ -1453,23 +1500,6 @@ def main(args):
         accelerator.init_trackers(Path(__file__).stem, config)
     logger.info(f"{sum(p.numel() for p in parameters):,} trained parameters, {args.max_train_steps} steps")
 
-    def prepare(batch):
-        batch["generators"] = [torch.Generator().manual_seed(seed) for seed in batch["seed"]]
-        torch.manual_seed(batch["seed"][0])  # LoRA dropout: a function of the position in the run, like all else
-        if "moments" in batch:
-            moments = batch["moments"].to(device, non_blocking=True)
-        else:
-            moments = encode_images(vae, batch["pixels"], device)
-        batch["latents"] = encode_latents(vae, moments, batch["generators"])
-        if pipeline is not None:
-            batch.update(encode_prompts(args, pipeline, batch["caption"], device))
-        drop = batch["drop"].to(device, non_blocking=True)
-        for name in ("prompt_embeds", "pooled_prompt_embeds"):
-            embed = batch[name].to(device, non_blocking=True)
-            batch[f"null_{name}"] = null[f"null_{name}"].expand_as(embed)
-            batch[name] = torch.where(drop.view(-1, *[1] * (embed.ndim - 1)), batch[f"null_{name}"], embed)
-        return batch
-
     # Training
     signals = []
 
@@ -1491,7 +1521,7 @@ def main(args):
     while global_step < args.max_train_steps:
         started, logs, names = time.perf_counter(), defaultdict(float), []
         for micro_step in range(1, args.gradient_accumulation_steps + 1):
-            batch = prepare(next(batches))
+            batch = prepare_batch(args, next(batches), null, vae, pipeline, device)
             names += batch["name"]
             last = micro_step == args.gradient_accumulation_steps
             for loss, values in training_losses(args, accelerator, transformer, batch, model["shift"], last):
@@ -1506,6 +1536,7 @@ def main(args):
         values = torch.stack([*logs.values(), torch.tensor(float(len(signals)), device=device)])
         *means, stopping = accelerator.reduce(values, "mean").tolist()
         logs = dict(zip(logs, means, strict=True))
+        logs["lr"] = float(lr_scheduler.get_last_lr()[0])
         checked = means if accelerator.scaler is None else means[:-1]  # fp16's scaler handles its gradient itself
         if not all(map(math.isfinite, checked)):
             skipped_steps += 1
@@ -1516,12 +1547,15 @@ def main(args):
             logger.warning(f"Skipped {what}")
         else:
             skipped_steps = 0
+            torch.manual_seed(
+                derive_seed(args.seed, "rounding", global_step)
+            )  # of --full_bf16, alike on all processes
             optimizer.step()
             if ema is not None:
                 ema.to(device)
                 ema.step(parameters)
                 ema.to("cpu" if args.offload_ema else device)
-        logs |= {"lr": lr_scheduler.get_last_lr()[0], "skipped_steps": skipped_steps}
+        logs["skipped_steps"] = skipped_steps
         lr_scheduler.step()
         optimizer.zero_grad()
         global_step += 1

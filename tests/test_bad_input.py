@@ -165,6 +165,8 @@ def test_exactly_one_data_source(script, sources, capsys):
             ["--lr_step_rules", "1:10;0.1"],
         ),
         (["--optimizer", "prodigy", "--use_8bit_adam"], ["--use_8bit_adam", "prodigy"]),
+        (["--full_bf16", "--use_8bit_adam"], ["--full_bf16", "leave --use_8bit_adam"]),
+        (["--full_bf16", "--optimizer", "prodigy"], ["--full_bf16", "leave --use_8bit_adam and --optimizer out"]),
         (["--report_to", "notes"], ["--report_to notes", "tensorboard"]),
         (["--report_to", "trackio"], ["--report_to trackio", "pip install trackio"]),
         (["--max_train_step", "5"], ["--max_train_step"]),
@@ -436,6 +438,7 @@ def test_bad_quantization_config(text, refuse, tmp_path, monkeypatch):
 
 def test_half_precision_without_a_gpu(refuse):
     assert "--mixed_precision" in refuse(SFT, "--mixed_precision", "fp16")
+    assert "--full_bf16 needs --mixed_precision bf16" in refuse(SFT, "--full_bf16")
 
 
 # Folders and checkpoints

@@ -18,9 +18,11 @@ from conftest import ROOT, SCRIPTS, equal, weights
 from diffusers import AutoencoderKL, SD3Transformer2DModel, StableDiffusion3Pipeline
 from diffusers.models.attention import JointTransformerBlock
 from diffusers.training_utils import EMAModel
+from harness import finish, start_two
 from huggingface_hub.utils import filter_repo_objects
 from PIL import Image
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 
@@ -80,7 +82,7 @@ DEFAULT_RUNS = {}
 
 
 @pytest.fixture
-def default(run, tmp_path_factory):
+def default(run, pipeline, tmp_path_factory):
     """A function that makes a run once for all tests of this file, and returns its folder."""
 
     def make(script, *arguments):
@@ -90,6 +92,7 @@ def default(run, tmp_path_factory):
             DEFAULT_RUNS[key] = run(script, *arguments, "--output_dir", folder)
         return DEFAULT_RUNS[key]
 
+    make.pipeline = pipeline
     return make
 
 
@@ -217,6 +220,54 @@ def test_gradient_checkpointing(script, default, run, monkeypatch):
     out = run(script, *more, "--gradient_checkpointing", "--overwrite_output_dir")
     close(out, base, 1e-6)
     assert len(started) - count > 1.5 * count
+
+
+@pytest.fixture
+def compiled(monkeypatch):
+    """The graphs that the compiler is given: it runs them as they are. Also why a frame was compiled again."""
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    def compile(self, **more):
+        self._compiled_call_impl = torch.compile(self._call_impl, backend=backend, **more)
+
+    torch.compiler.reset()
+    torch._dynamo.utils.counters.clear()
+    monkeypatch.setattr(torch.nn.Module, "compile", compile)
+    yield graphs
+    torch.compiler.reset()
+
+
+@covers("--torch_compile")
+@pytest.mark.parametrize(
+    ("script", "flags", "kinds"),
+    [
+        (SFT, "", 2),  # blocks with a second attention, and the last, which has no text output
+        (SOAR, "--gradient_checkpointing --aspect_ratio_buckets 32,48;48,48 --mixed_precision bf16", 2 + 2),  # no grad
+        (LORA, "--gradient_checkpointing --aspect_ratio_buckets 32,48;48,48 --lora_dropout 0.1", 3 + 2),
+        # The first block of a frozen base has an input without gradient.
+    ],
+)
+def test_torch_compile(script, flags, kinds, default, run, compiled):
+    """Every kind of block is one graph, compiled once a size, to the result of the uncompiled run."""
+    arguments = (*flags.split(), "--adam_epsilon", 1e-3, "--max_train_steps", 8)  # two epochs
+    base = default(script, *arguments)
+    assert not compiled
+    close(run(script, *arguments, "--torch_compile"), base, 1e-3 if "bf16" in flags else 1e-5)
+    assert len(compiled) == kinds * (2 if flags else 1)
+    assert not torch._dynamo.utils.counters["graph_break"]
+
+
+def test_torch_compile_with_the_real_compiler(default, run):
+    """And with the default one, which needs a C++ compiler or a GPU."""
+    torch.compiler.reset()
+    arguments = ("--adam_epsilon", 1e-3)
+    close(run(SFT, *arguments, "--torch_compile"), default(SFT, *arguments), 1e-5)
+    graphs = torch._dynamo.utils.counters["inductor"]
+    assert graphs["fxgraph_cache_miss"] + graphs["fxgraph_cache_hit"] > 0
 
 
 @covers("--allow_tf32")
@@ -352,13 +403,21 @@ def test_caches(flag, kind, run, default):
 
 @covers("--offload")
 def test_offload(default, run, monkeypatch):
-    """The encoders wait on the CPU: that is where they are told to go, and the result is the same."""
+    """The VAE waits on the CPU, the text encoders visit the device layer by layer, and the result is the same."""
     moves = seen(monkeypatch, AutoencoderKL, "to")
+    layers = seen(monkeypatch, importlib.import_module(SFT), "apply_group_offloading")
     assert equal(default(SFT), run(SFT, "--offload"))
     assert moves[0][0][1] == "cpu"  # a text; without the flag it is the device of the run
-    moves.clear()
+    assert [type(inputs[0]).__name__ for inputs, _, _ in layers] == ["CLIPTextModelWithProjection"] * 2 + [
+        "T5EncoderModel"
+    ]
+    assert all(inputs[1] == torch.device("cpu") and more["offload_type"] == "leaf_level" for inputs, more, _ in layers)
+    for cached in ("--cache_prompt_embeds", "--cache_latents"):
+        out = run(SFT, "--center_crop", "--offload", cached, "--adam_epsilon", 1e-3, "--overwrite_output_dir")
+        close(out, default(SFT, "--center_crop", "--adam_epsilon", 1e-3), 1e-5)
+    moves.clear(), layers.clear()
     run(SFT, "--overwrite_output_dir")
-    assert isinstance(moves[0][0][1], torch.device)
+    assert isinstance(moves[0][0][1], torch.device) and not layers
 
 
 @covers("--dataloader_num_workers")
@@ -604,6 +663,95 @@ def test_loss_weights(script, run, forwards, logged, tmp_path):
             assert logged[number][name] == pytest.approx(logged[0][name] * factor.item(), rel=1e-3)
         terms = [logged[number][name] for name in ["loss_base", "loss_aux"][: len(factors)]]
         assert logged[number]["loss"] == pytest.approx(sum(terms) / len(terms), rel=1e-3)
+
+
+@pytest.fixture
+def uncompiled(monkeypatch):
+    """torchao compiles its update for every shape: correct without, and much faster for so small a model."""
+    monkeypatch.setattr(torch, "compile", lambda function, **unused: function)
+
+
+BF16 = ("--full_bf16", "--mixed_precision", "bf16")
+
+
+@covers("--full_bf16")
+@pytest.mark.parametrize("script", [SFT, SOAR])
+def test_full_bf16(script, run, default, uncompiled, monkeypatch, tmp_path):
+    """Weights, gradients and the result in bf16, the state in 8 bits; on average the steps of the float32 run."""
+    optimizers = seen(monkeypatch, importlib.import_module(script), "make_optimizer")
+    arguments = ("--mixed_precision", "bf16", "--max_train_steps", 8, "--learning_rate", 1e-4)
+    out = run(script, *arguments, "--full_bf16", "--checkpointing_steps", 4)
+    optimizer = optimizers[-1][2]
+    assert type(optimizer).__module__.startswith("torchao")
+    states = {type(state["exp_avg"]).__name__ for state in optimizer.state.values()}
+    assert states == {"OptimState8bit", "Tensor"}  # the second for tensors of less than 4096 numbers
+    assert {tensor.dtype for tensor in weights(out).values()} == {torch.bfloat16}
+    part = run(script, *arguments, "--full_bf16", "--output_dir", tmp_path / "part", "--max_train_steps", 4)
+    run(script, *arguments, "--full_bf16", "--output_dir", part, "--resume_from_checkpoint", out / "checkpoint-4")
+    assert equal(part, out)
+
+    moved = []
+    start = SD3Transformer2DModel.from_pretrained(default.pipeline, subfolder="transformer").state_dict()
+    for folder in (out, default(script, *arguments)):
+        moved.append(torch.cat([(w.float() - start[n]).flatten() for n, w in weights(folder).items()]))
+    rounding = (start["proj_out.weight"].bfloat16().float() - start["proj_out.weight"]).abs().mean()
+    assert moved[0].dot(moved[1]) / moved[1].square().sum() == pytest.approx(1, abs=0.15)
+    assert rounding > 0
+
+
+def test_stochastic_rounding_keeps_small_updates(uncompiled, photos):
+    """At a learning rate of 2e-5 AdamW in plain bf16 leaves most weights where they are; this one moves them all."""
+    module = importlib.import_module(SFT)
+    arguments = f"--pretrained_model_name_or_path x --train_data_dir {photos} --full_bf16 --adam_weight_decay 0"
+    args = module.parse_args(arguments.split())
+    assert args.learning_rate == 2e-5
+    start = torch.randn(4096, generator=torch.Generator().manual_seed(0)).bfloat16()
+    steps, moved = 50, {}
+    for name in ("float32", "plain", "stochastic"):
+        weight = torch.nn.Parameter(start.float() if name == "float32" else start.clone())
+        optimizer = torch.optim.AdamW([weight], lr=2e-5, weight_decay=0)
+        if name == "stochastic":
+            optimizer = module.make_optimizer(args, [weight])
+        for step in range(steps):
+            torch.manual_seed(step)
+            weight.grad = torch.ones_like(weight)
+            optimizer.step()
+        moved[name] = start.float() - weight.detach().float()
+    torch.testing.assert_close(moved["float32"], torch.full((4096,), steps * 2e-5), rtol=1e-2, atol=1e-6)
+    assert (moved["plain"] == 0).float().mean() > 0.95
+    assert moved["stochastic"].mean() == pytest.approx(steps * 2e-5, rel=0.1)
+
+
+def test_full_bf16_is_alike_on_all_processes(pipeline, photos, tmp_path, uncompiled):
+    """The random rounding too: else the copies of the model would drift apart."""
+    arguments = f"""--pretrained_model_name_or_path {pipeline} --train_data_dir {photos} --resolution 32 --seed 0
+        --max_sequence_length 16 --max_train_steps 3 --report_to none --learning_rate 1e-3""".split()
+    log = tmp_path / "log"
+    folder, copies = tmp_path / "out", tmp_path / "copies"
+    copies.mkdir()
+
+    def keep_copies():
+        module = importlib.import_module(SFT)
+        save = module.save_transformer
+
+        def save_every(accelerator, transformer, folder):
+            state = {name: tensor.clone() for name, tensor in accelerator.get_state_dict(transformer).items()}
+            save_file(state, copies / f"{accelerator.process_index}.safetensors")
+            return save(accelerator, transformer, folder)
+
+        module.save_transformer = save_every
+
+    for process in start_two(SFT, [*arguments, *BF16, "--output_dir", folder], log, keep_copies):
+        finish(process, log)
+    one, two = (load_file(copies / f"{rank}.safetensors") for rank in (0, 1))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_full_bf16_average_is_float32(run, uncompiled, monkeypatch):
+    """A bf16 average would not take steps of 1e-4 of a difference."""
+    averages = seen(monkeypatch, EMAModel, "to")
+    run(SFT, *BF16, "--use_ema")
+    assert {tensor.dtype for inputs, _, _ in averages for tensor in inputs[0].shadow_params} == {torch.float32}
 
 
 @covers("--use_ema", "--ema_decay")
