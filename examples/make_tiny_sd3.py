@@ -4,11 +4,14 @@ Write a Stable Diffusion 3.5 pipeline of toy size from code: no download, the sa
 
     python examples/make_tiny_sd3.py outputs/tiny
     python examples/make_tiny_sd3.py outputs/small --size small
+    python examples/make_tiny_sd3.py outputs/medium --size medium --configs_only
 
 Every part has the class, the config fields and the file names of `stabilityai/stable-diffusion-3.5-medium`, so that
 whatever runs on the one runs on the other. All weights are random. `tiny` is for tests: a forward takes milliseconds.
 `small` can learn to draw `draw_scenes.py`'s pictures on a CPU, once `train_vae.py` has trained its VAE; its text
-encoders stay random, which is enough to tell words and their order apart.
+encoders stay random, which is enough to tell words and their order apart. `medium` has the sizes of SD3.5-Medium and
+of its text encoders, to measure time and memory: 16 GB in bf16, made on the GPU where there is one; `--configs_only`
+is enough to compute them.
 """
 
 import argparse
@@ -25,6 +28,7 @@ from transformers import (
     CLIPTextConfig,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
+    PreTrainedModel,
     T5Config,
     T5EncoderModel,
     T5TokenizerFast,
@@ -42,11 +46,23 @@ WORDS = """
 SIZES = {
     "tiny": {
         "clip": [
-            {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2, "hidden_act": "quick_gelu"},
-            {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "hidden_act": "gelu"},
+            {
+                "hidden_size": 16,
+                "intermediate_size": 32,
+                "num_attention_heads": 2,
+                "hidden_act": "quick_gelu",
+                "num_hidden_layers": 2,
+            },
+            {
+                "hidden_size": 32,
+                "intermediate_size": 64,
+                "num_attention_heads": 2,
+                "hidden_act": "gelu",
+                "num_hidden_layers": 2,
+            },
         ],
         "clip_length": 77,
-        "t5": {"d_model": 64, "d_kv": 16, "d_ff": 64, "num_heads": 2},
+        "t5": {"d_model": 64, "d_kv": 16, "d_ff": 64, "num_heads": 2, "num_layers": 2},
         "vae": {"block_out_channels": (4, 4, 8, 8), "layers_per_block": 1, "norm_num_groups": 2, "sample_size": 128},
         # 128 px by default, up to 256 px: latents are 1/8 of the image, positions 1/16.
         "transformer": {
@@ -60,11 +76,23 @@ SIZES = {
     },
     "small": {
         "clip": [
-            {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "hidden_act": "quick_gelu"},
-            {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "hidden_act": "gelu"},
+            {
+                "hidden_size": 32,
+                "intermediate_size": 64,
+                "num_attention_heads": 2,
+                "hidden_act": "quick_gelu",
+                "num_hidden_layers": 2,
+            },
+            {
+                "hidden_size": 64,
+                "intermediate_size": 128,
+                "num_attention_heads": 4,
+                "hidden_act": "gelu",
+                "num_hidden_layers": 2,
+            },
         ],
         "clip_length": 12,
-        "t5": {"d_model": 128, "d_kv": 32, "d_ff": 256, "num_heads": 4},
+        "t5": {"d_model": 128, "d_kv": 32, "d_ff": 256, "num_heads": 4, "num_layers": 2},
         # One group: smaller ones would subtract the colour of a flat background.
         "vae": {"block_out_channels": (8, 16, 32), "layers_per_block": 1, "norm_num_groups": 1, "sample_size": 48},
         # 48 px by default, 36 image tokens; up to 128 px: latents are 1/4 of the image, positions 1/8.
@@ -75,6 +103,72 @@ SIZES = {
             "dual_attention_layers": (0, 1, 2),
             "num_attention_heads": 4,
             "attention_head_dim": 32,
+        },
+    },
+    "mini": {
+        "clip": [
+            {
+                "hidden_size": 32,
+                "intermediate_size": 64,
+                "num_attention_heads": 2,
+                "hidden_act": "quick_gelu",
+                "num_hidden_layers": 2,
+            },
+            {
+                "hidden_size": 64,
+                "intermediate_size": 128,
+                "num_attention_heads": 4,
+                "hidden_act": "gelu",
+                "num_hidden_layers": 2,
+            },
+        ],
+        "clip_length": 12,
+        "t5": {"d_model": 96, "d_kv": 32, "d_ff": 192, "num_heads": 3, "num_layers": 2},
+        "vae": {"block_out_channels": (8, 16, 32), "layers_per_block": 1, "norm_num_groups": 1, "sample_size": 32},
+        # 32 px, 16 image tokens.
+        "transformer": {
+            "sample_size": 8,
+            "pos_embed_max_size": 4,
+            "num_layers": 4,
+            "dual_attention_layers": (0, 1),
+            "num_attention_heads": 3,
+            "attention_head_dim": 32,
+        },
+    },
+    "medium": {
+        "clip": [
+            {
+                "hidden_size": 768,
+                "intermediate_size": 3072,
+                "num_attention_heads": 12,
+                "hidden_act": "quick_gelu",
+                "num_hidden_layers": 12,
+                "vocab_size": 49408,
+            },
+            {
+                "hidden_size": 1280,
+                "intermediate_size": 5120,
+                "num_attention_heads": 20,
+                "hidden_act": "gelu",
+                "num_hidden_layers": 32,
+                "vocab_size": 49408,
+            },
+        ],
+        "clip_length": 77,
+        "t5": {"d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_heads": 64, "num_layers": 24, "vocab_size": 32128},
+        "vae": {
+            "block_out_channels": (128, 256, 512, 512),
+            "layers_per_block": 2,
+            "norm_num_groups": 32,
+            "sample_size": 1024,
+        },
+        "transformer": {
+            "sample_size": 128,
+            "pos_embed_max_size": 384,
+            "num_layers": 24,
+            "dual_attention_layers": tuple(range(13)),
+            "num_attention_heads": 24,
+            "attention_head_dim": 64,
         },
     },
 }
@@ -115,15 +209,13 @@ def make_t5_tokenizer():
 def make_clip_text_encoder(tokenizer, config):
     """A random `CLIPTextModelWithProjection`; its penultimate states, which SD3 reads, tell words and order apart."""
     config = CLIPTextConfig(
-        vocab_size=len(tokenizer),
         max_position_embeddings=tokenizer.model_max_length,
-        num_hidden_layers=2,
         projection_dim=config["hidden_size"],
         # Not 2: that value selects a legacy way to find the end of the text.
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
-        **config,
+        **{"vocab_size": len(tokenizer)} | config,
     )
     text_encoder = CLIPTextModelWithProjection(config)
     # Nothing normalises the penultimate states, and at the usual initial scale, 0.02, they would be next to zero.
@@ -134,19 +226,17 @@ def make_clip_text_encoder(tokenizer, config):
 
 
 def make_pipeline(size):
-    """A random `StableDiffusion3Pipeline` on the CPU in float32; the same for the same `size`."""
+    """A random `StableDiffusion3Pipeline` in float32; on the same device the same for the same `size`."""
     config = SIZES[size]
     torch.manual_seed(0)
     tokenizer = make_clip_tokenizer(config["clip_length"], pad_token="<|endoftext|>")
     tokenizer_2 = make_clip_tokenizer(config["clip_length"], pad_token="!")
     tokenizer_3 = make_t5_tokenizer()
     t5_config = T5Config(
-        vocab_size=len(tokenizer_3),
-        num_layers=2,
         feed_forward_proj="gated-gelu",
         pad_token_id=tokenizer_3.pad_token_id,
         eos_token_id=tokenizer_3.eos_token_id,
-        **config["t5"],
+        **{"vocab_size": len(tokenizer_3)} | config["t5"],
     )
     num_blocks = len(config["vae"]["block_out_channels"])
     vae = AutoencoderKL(
@@ -190,10 +280,23 @@ def make_pipeline(size):
     )
 
 
+def save_configs(pipeline, folder):
+    """The pipeline's folder without its weights: what describes its parts, and the tokenizers."""
+    pipeline.save_config(folder)
+    for name, part in pipeline.components.items():
+        if isinstance(part, PreTrainedModel):
+            part.config.save_pretrained(folder / name)
+        elif isinstance(part, torch.nn.Module):
+            part.save_config(folder / name)
+        elif part is not None:
+            part.save_pretrained(folder / name)
+
+
 def main():
     parser = argparse.ArgumentParser(description="Write a toy Stable Diffusion 3.5 pipeline with random weights.")
     parser.add_argument("output_dir", type=Path, help="Folder to write the pipeline to.")
     parser.add_argument("--size", choices=list(SIZES), default="tiny", help="tiny: tests. small: learns on a CPU.")
+    parser.add_argument("--configs_only", action="store_true", help="Write no weights.")
     parser.add_argument("--overwrite", action="store_true", help="Replace the pipeline that is in the folder.")
     args = parser.parse_args()
 
@@ -209,8 +312,15 @@ def main():
     # Written beside and then renamed, so that the folder is never half a pipeline.
     partial = out.with_name(out.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
-    pipeline = make_pipeline(args.size)
-    pipeline.save_pretrained(partial)
+    device = "meta" if args.configs_only else "cpu"
+    if args.size == "medium" and torch.cuda.is_available() and not args.configs_only:
+        device = "cuda"
+    with torch.device(device):
+        pipeline = make_pipeline(args.size)
+    if args.configs_only:
+        save_configs(pipeline, partial)
+    else:
+        pipeline.to(dtype=torch.bfloat16 if args.size == "medium" else torch.float32).save_pretrained(partial)
     shutil.rmtree(out, ignore_errors=True)
     partial.rename(out)
     count = sum(parameter.numel() for parameter in pipeline.transformer.parameters())

@@ -1,0 +1,97 @@
+#!/usr/bin/env bash
+# SPDX-License-Identifier: Apache-2.0
+#
+# Everything that examples/benchmark/README.md shows, into examples/benchmark/results/*.json; then the tables and the
+# picture. What is there is not run again.
+#
+#     bash examples/benchmark/run.sh count    # any machine, 25 minutes: operations and memory at SD3.5-Medium's size
+#     bash examples/benchmark/run.sh cpu      # any machine, 5 minutes: ratios of times of a small model
+#     bash examples/benchmark/run.sh gpu      # one GPU, 80 GB for all of it, 20 minutes: times and memory
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+here=examples/benchmark results=${RESULTS:-examples/benchmark/results}
+export HF_HUB_OFFLINE=1
+
+cached="--cache_latents --cache_prompt_embeds"
+bf16="--mixed_precision bf16"
+one="$bf16 $cached --train_batch_size 1"
+
+step=(
+    "reference $bf16" "reference $bf16 --gradient_checkpointing" "reference $bf16 $cached"
+    "soar $bf16 $cached" "soar $bf16 $cached --gradient_checkpointing"
+    "sft $bf16 $cached" "sft $bf16 $cached --gradient_checkpointing"
+    "soar $bf16 $cached --full_bf16"
+)
+nf4=(--bnb_quantization_config_path examples/configs/nf4.json --use_8bit_adam)
+chunks=() cost=() small=()
+for chunk in 1 2 8 12 24; do chunks+=("soar $bf16 $cached --aux_batch_size $chunk"); done
+for paths in 1 2; do
+    for length in 1 2 4 6 8; do
+        cost+=("soar $bf16 $cached --num_rollout_paths $paths --trajectory_length $length")
+    done
+done
+for resolution in 512 1024; do
+    for checkpointing in "" " --gradient_checkpointing"; do
+        small+=("soar $one --full_bf16 --resolution $resolution$checkpointing")
+        lora="soar_lora $one --rank 32 --resolution $resolution$checkpointing"
+        small+=("$lora" "$lora ${nf4[*]}")
+    done
+done
+
+benchmark() { # NAME PIPELINE FLAGS... -- CONFIGURATIONS...
+    local name=$1
+    shift
+    python "$here/benchmark_step.py" --output "$results/$name.json" "$@"
+}
+
+whole() { # NAME LIMIT_GIB SCRIPT RESOLUTION FLAGS...: the recipe of the README, every stage of it, on a smaller card
+    [ -e "$results/run_$1.json" ] && return
+    python "$here/run_capped.py" "$2" --output "$results/run_$1.json" -- "$3" --resolution "$4" "${@:5}" $one --offload \
+        --pretrained_model_name_or_path outputs/medium --train_data_dir "outputs/scenes_$4" --max_train_steps 3 \
+        --validation_prompt "two red circles" --validation_steps 2 --num_validation_images 1 --num_inference_steps 4 \
+        --seed 0 --report_to none --output_dir "outputs/capped_$1" --overwrite_output_dir
+}
+
+make() { # SIZE FLAGS...
+    [ -e "outputs/$1$2/model_index.json" ] || python examples/make_tiny_sd3.py "outputs/$1$2" --size "$1" ${2:+--configs_only}
+}
+
+case ${1:-} in
+count)
+    make medium _configs
+    for part in step chunks cost small; do
+        declare -n list=$part
+        benchmark "count_$part" outputs/medium_configs --count_only "${list[@]}"
+    done
+    ;;
+cpu)
+    make small ""
+    export OMP_NUM_THREADS=1
+    benchmark cpu_step outputs/small --steps 20 \
+        "reference --resolution 64" "soar $cached --resolution 64" "sft $cached --resolution 64" \
+        "soar $cached --resolution 64 --gradient_checkpointing" "soar $cached --resolution 64 --torch_compile"
+    ;;
+gpu)
+    make medium ""
+    compiled=("soar $bf16 $cached --torch_compile" "sft $bf16 $cached --torch_compile"
+        "soar $bf16 $cached --torch_compile --aux_batch_size 24"
+        "soar_lora $bf16 $cached --torch_compile" "soar_lora $bf16 $cached")
+    for part in step compiled chunks cost small; do
+        declare -n list=$part
+        benchmark "gpu_$part" outputs/medium "${list[@]}"
+    done
+    for size in 512 1024; do
+        [ -d "outputs/scenes_$size" ] || python examples/draw_scenes.py "outputs/scenes_$size" --num_images 8 --size $size
+    done
+    whole full_24 24 train_sd3_soar.py 512 --full_bf16
+    whole lora_12 12 train_sd3_soar_lora.py 512
+    whole lora_16 16 train_sd3_soar_lora.py 1024 --gradient_checkpointing
+    whole nf4_8 8 train_sd3_soar_lora.py 512 "${nf4[@]}" --gradient_checkpointing
+    whole nf4_12 12 train_sd3_soar_lora.py 1024 "${nf4[@]}" --gradient_checkpointing
+    ;;
+*)
+    sed -n '3,10p' "$0"
+    exit 2
+    ;;
+esac
+python "$here/report.py" "$results"

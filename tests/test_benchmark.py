@@ -1,0 +1,290 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a step costs: calls, operations, bytes alive, host reads; and the benchmark's own parts."""
+
+import importlib
+import json
+import re
+import subprocess
+import sys
+from collections import Counter
+from contextlib import nullcontext
+from types import SimpleNamespace
+
+import pytest
+import torch
+from accelerate import Accelerator
+from conftest import ROOT
+from diffusers import SD3Transformer2DModel
+from torch._subclasses.fake_tensor import DataDependentOutputException
+
+
+BENCHMARK = ROOT / "examples" / "benchmark"
+CACHED = "--cache_latents --cache_prompt_embeds"
+
+
+@pytest.fixture(scope="module")
+def benchmark():
+    sys.path.insert(0, str(BENCHMARK))
+    yield importlib.import_module("benchmark_step")
+    sys.path.remove(str(BENCHMARK))
+
+
+@pytest.fixture(scope="module")
+def counted(benchmark, pipeline):
+    """A function that counts a configuration once, at 128 pixels and 32 + 77 tokens."""
+    results = {}
+
+    def count(text):
+        if text not in results:
+            text_with_sizes = f"{text} --resolution 128 --max_sequence_length 32"
+            results[text] = benchmark.Configuration(text_with_sizes, pipeline).count()
+        return results[text]
+
+    return count
+
+
+@pytest.mark.parametrize(
+    ("text", "forwards"),
+    [
+        (f"sft {CACHED}", 3),
+        (f"soar {CACHED}", 22),
+        (f"soar {CACHED} --trajectory_length 2 --num_rollout_paths 2", 16),
+        (f"soar {CACHED} --cfg_scale_sampling 1", 21),
+        (f"soar {CACHED} --gradient_checkpointing", 29),
+        ("reference", 23),
+        ("reference --gradient_checkpointing", 30),
+    ],
+)
+def test_forward_equivalents(text, forwards, counted):
+    """3 a state with gradient, 1 without, 4 with checkpointing of the blocks."""
+    assert counted(text)["forward_equivalents"] == pytest.approx(forwards, rel=0.02)
+
+
+def test_a_lora_step_has_no_gradient_of_the_base(counted):
+    """Linear layers cost 2 forward-equivalents a state instead of 3; attention, which has no weights, still 3."""
+    lora = counted(f"soar_lora {CACHED} --rank 1")["forward_equivalents"]
+    assert 15 < lora < counted(f"soar {CACHED}")["forward_equivalents"] - 3
+
+
+def activations(count):
+    """What a step needs beside the state: float32 weights, and in training their gradients and two moments."""
+    return count["peak_gib"] - count["weights_gib"] - 3 * 4 * count["trained_parameters"] / 2**30
+
+
+def test_memory_of_a_step(counted):
+    """SOAR keeps one graph, as SFT does; the reference keeps one for every state, and one that nobody uses."""
+    sft, soar, reference = (counted(f"{method} {CACHED}") for method in ("sft", "soar", "reference"))
+    assert soar["weights_gib"] == sft["weights_gib"]
+    # Between its backwards SOAR keeps the gradient, as does SFT with gradient accumulation.
+    assert soar["peak_gib"] - 4 * soar["trained_parameters"] / 2**30 < 1.1 * sft["peak_gib"]
+    lora, lora_sft = (counted(f"soar_lora {CACHED} --rank 1 --lambda_aux {weight}") for weight in (1, 0))
+    assert lora["peak_gib"] < 1.15 * lora_sft["peak_gib"]  # the states themselves weigh something in so small a model
+    assert activations(reference) > 6 * activations(soar) > 0
+    assert activations(counted(f"soar {CACHED} --aux_batch_size 8")) > 1.8 * activations(soar)
+    assert activations(counted(f"soar {CACHED} --aux_batch_size 2")) < 0.9 * activations(soar)
+    assert activations(counted(f"soar {CACHED} --gradient_checkpointing")) < 0.6 * activations(soar)
+
+
+def test_bytes_alive_are_those_of_the_tensors(benchmark):
+    with benchmark.LiveBytes() as live:
+        a = torch.zeros(1000)
+        b = a + 1
+        view = a[10:]
+        del a
+        assert live.now == live.peak == 8000
+        del view
+        assert live.now == 4000
+        c = b * 2
+        assert (live.now, live.peak) == (8000, 8000) and len(b) == len(c)
+
+
+@pytest.mark.parametrize("flags", ["", "--gradient_checkpointing", "--mixed_precision bf16"])
+def test_counted_bytes_are_those_of_a_real_step(flags, benchmark, pipeline):
+    text = f"soar {CACHED} {flags} --resolution 128 --max_sequence_length 32"
+    configuration = benchmark.Configuration(text, pipeline)
+    counted = configuration.count()["peak_gib"] * 2**30
+    with benchmark.cuda_autocast(), benchmark.LiveBytes() as live:
+        accelerator = configuration.make_accelerator(cpu=True)
+        transformer, optimizer, parameters = configuration.prepare(accelerator, configuration.load(compile=False))
+        for tensor in (*parameters, *transformer.buffers()):
+            live.add(tensor.untyped_storage())
+        vae = SimpleNamespace(config=SimpleNamespace(**configuration.vae_scale))
+        cpu, batch = torch.device("cpu"), configuration.make_batch()
+        batch = configuration.script.prepare_batch(configuration.args, batch, configuration.null(), vae, None, cpu)
+        for _ in range(2):
+            live.peak = live.now
+            configuration.backward(accelerator, transformer, batch)
+            optimizer.step()
+            optimizer.zero_grad()
+    assert live.peak == pytest.approx(counted, rel=0.01)
+
+
+def test_the_reference_is_the_same_step(pipeline, photos, benchmark):
+    """Equal loss and gradient for equal draws: only the way there differs."""
+    import reference_step
+
+    import train_sd3_soar
+
+    arguments = f"--pretrained_model_name_or_path {pipeline} --train_data_dir {photos} --lambda_aux 0.7"
+    args = train_sd3_soar.parse_args(arguments.split())
+    accelerator = SimpleNamespace(
+        gradient_state=SimpleNamespace(_set_sync_gradients=lambda on: None), no_sync=lambda model: nullcontext()
+    )
+    found = []
+    for module in (train_sd3_soar, reference_step):
+        transformer = SD3Transformer2DModel.from_pretrained(pipeline, subfolder="transformer")
+        torch.manual_seed(0)
+        batch = {
+            "latents": torch.randn(2, 16, 8, 8),
+            "generators": [torch.Generator().manual_seed(seed) for seed in (1, 2)],
+            "prompt_embeds": torch.randn(2, 9, 64),
+            "pooled_prompt_embeds": torch.randn(2, 48),
+            "null_prompt_embeds": torch.randn(1, 9, 64).expand(2, -1, -1),
+            "null_pooled_prompt_embeds": torch.randn(1, 48).expand(2, -1),
+        }
+        total, logs = 0.0, Counter()
+        for loss, values in module.training_losses(args, accelerator, transformer, batch, 3.0, True):
+            loss.backward()
+            total += loss.item()
+            logs.update({name: value.item() for name, value in values.items()})
+        gradient = torch.cat([p.grad.flatten() for p in transformer.parameters() if p.grad is not None])
+        found.append((total, logs, gradient))
+    (ours, our_logs, our_gradient), (theirs, their_logs, their_gradient) = found
+    assert ours == pytest.approx(theirs, rel=1e-5)
+    assert our_logs == pytest.approx(their_logs, rel=1e-5)
+    torch.testing.assert_close(our_gradient, their_gradient, rtol=1e-4, atol=1e-4 * their_gradient.abs().max().item())
+
+
+# Host synchronisation
+
+
+@pytest.mark.parametrize("text", [f"sft {CACHED}", f"soar {CACHED} --num_rollout_paths 2", f"soar_lora {CACHED}"])
+@pytest.mark.parametrize("planted", [False, True])
+def test_no_host_read_inside_the_step(text, planted, benchmark, pipeline, monkeypatch):
+    """
+    The whole step, with clipping and AdamW, runs on tensors that have no values: whatever reads one raises. A planted
+    read shows that it would.
+    """
+    configuration = benchmark.Configuration(f"{text} --resolution 32 --max_sequence_length 16", pipeline)
+    if planted:
+        plain = configuration.training_losses
+
+        def reading(*inputs):
+            for loss, values in plain(*inputs):
+                yield loss * (1.0 if loss > 0 else 2.0), values
+
+        configuration.training_losses = reading
+        with pytest.raises(DataDependentOutputException):
+            configuration.count()
+    else:
+        configuration.count()
+
+
+@pytest.mark.parametrize("script", ["train_sd3_sft", "train_sd3_soar", "train_sd3_soar_lora"])
+def test_one_host_read_a_step(script, run, monkeypatch):
+    """In the loop of the real script: the values to log and to check, once per optimizer step, however many states."""
+    reads, steps = Counter(), []
+    for name in ("item", "tolist", "__bool__", "__float__", "__int__", "__index__", "cpu", "numpy"):
+        original = getattr(torch.Tensor, name)
+
+        def counting(self, *inputs, name=name, original=original, **more):
+            reads[name] += 1
+            return original(self, *inputs, **more)
+
+        monkeypatch.setattr(torch.Tensor, name, counting)
+
+    def log(self, logs, step):
+        steps.append(dict(reads))
+        reads.clear()
+
+    monkeypatch.setattr(Accelerator, "log", log)
+    # The images are read in another process, as they should be.
+    run(script, *f"--max_train_steps 4 --train_batch_size 1 {CACHED} --dataloader_num_workers 1".split())
+    assert steps[1:] == [{"tolist": 1}] * 3  # what comes before the first step is not the loop's
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_no_synchronisation_on_a_gpu(pipeline, benchmark):
+    """The same on a GPU, by PyTorch's own check."""
+    configuration = benchmark.Configuration(f"soar {CACHED} --mixed_precision bf16", pipeline)
+    accelerator = configuration.make_accelerator()
+    transformer, *_ = configuration.prepare(accelerator, configuration.load(compile=False))
+    null = {name: tensor.cuda() for name, tensor in configuration.null().items()}
+    vae = SimpleNamespace(config=SimpleNamespace(**configuration.vae_scale))
+    batch = configuration.script.prepare_batch(
+        configuration.args, configuration.make_batch(), null, vae, None, accelerator.device
+    )
+    configuration.backward(accelerator, transformer, dict(batch))
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        configuration.backward(accelerator, transformer, dict(batch))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+# The example
+
+
+def test_benchmark_and_report(pipeline, tmp_path):
+    """From the command line: a JSON with ratios that can be, a table and a picture."""
+    command = [sys.executable, BENCHMARK / "benchmark_step.py", pipeline, "--output", tmp_path / "results" / "a.json"]
+    command += ["--steps", "2", "--warmup", "1"]
+    command += [
+        f"{configuration} --resolution 32" for configuration in ("reference", f"soar {CACHED}", f"sft {CACHED}")
+    ]
+    done = subprocess.run([str(part) for part in command], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    document = json.loads((tmp_path / "results" / "a.json").read_text())
+    reference, soar, sft = document["results"]
+    assert soar["counted"]["forward_equivalents"] < reference["counted"]["forward_equivalents"]
+    for result in (reference, soar, sft):
+        assert result["measured"]["step_s"] > 0 and 0 < result["measured"]["model_flop_utilisation"] < 1
+        assert result["measured"]["peak_allocated_gib"] is None  # not known on a CPU
+    command = [sys.executable, BENCHMARK / "report.py", tmp_path / "results"]
+    done = subprocess.run([str(part) for part in command], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    (row,) = re.findall(r"`soar --resolution 32` \| [\d.]+ \| (.*) \|", done.stdout)
+    steps = [result["measured"]["step_s"] for result in (soar, sft)]
+    assert float(row.split(" | ")[0]) == pytest.approx(steps[0] / steps[1], abs=0.01)
+    assert (tmp_path / "results" / "report.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["/nowhere", "soar"], "/nowhere holds no transformer/config.json"),
+        (["PIPELINE", "sour --x"], "the first word must be one of sft, soar"),
+    ],
+)
+def test_benchmark_of_nothing(arguments, message, pipeline, tmp_path):
+    arguments = [str(pipeline) if a == "PIPELINE" else a for a in arguments]
+    command = [sys.executable, str(BENCHMARK / "benchmark_step.py"), *arguments, "--output", str(tmp_path / "a.json")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode != 0 and message in done.stderr and "Traceback" not in done.stderr
+    assert not (tmp_path / "a.json").exists()
+
+
+def test_the_tables_are_those_of_the_results():
+    """Every table of the benchmark's README is what `report.py` makes of the committed results."""
+    command = [sys.executable, str(BENCHMARK / "report.py"), str(BENCHMARK / "results"), "--no_picture"]
+    report = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    readme = (BENCHMARK / "README.md").read_text()
+    tables = re.findall(r"(?:^\|.*\n)+", report, flags=re.MULTILINE)
+    assert len(tables) >= 3
+    for table in tables:
+        assert table in readme
+
+
+def test_figures_of_the_readme():
+    """Every figure of memory in the README's table, and the ratios below it, are in the committed results."""
+    results = {path.stem: json.loads(path.read_text())["results"] for path in (BENCHMARK / "results").glob("*.json")}
+    peaks = {f"{r['counted']['peak_gib']:.1f}" for name in ("count_step", "count_small") for r in results[name]}
+    section = (ROOT / "README.md").read_text().split("## Speed and memory")[1].split("\n## ")[0]
+    figures = re.findall(r"\| ([\d.]+) GiB", section)
+    assert len(figures) == 7 and set(figures) <= peaks
+    seconds = {r["configuration"]: r["measured"]["step_s"] for r in results["cpu_step"]}
+    sft, soar, compiled = (
+        seconds[f"{method} {CACHED} --resolution 64{flag}"]
+        for method, flag in (("sft", ""), ("soar", ""), ("soar", " --torch_compile"))
+    )
+    assert f"took {soar / sft:.1f} times" in section and f"{compiled / sft:.1f} times" in section
