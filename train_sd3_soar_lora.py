@@ -439,7 +439,8 @@ def save_transformer(accelerator, transformer, folder):
         StableDiffusion3Pipeline.save_lora_weights(
             folder,
             transformer_lora_layers=get_peft_model_state_dict(unwrapped, state),
-            transformer_lora_adapter_metadata=unwrapped.peft_config["default"].to_dict(),
+            # Pipelines load adapters in training mode: a dropout rate in the file would be at work in inference.
+            transformer_lora_adapter_metadata=unwrapped.peft_config["default"].to_dict() | {"lora_dropout": 0.0},
         )
     return (
         "pipeline = StableDiffusion3Pipeline.from_pretrained(base, dtype=torch.bfloat16)\n"

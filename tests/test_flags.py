@@ -869,12 +869,15 @@ def test_rank_and_alpha(flags, rank, alpha, run, pipeline):
 
 
 @covers("--lora_dropout")
-def test_lora_dropout(run, monkeypatch):
+def test_lora_dropout(run, pipeline, monkeypatch):
     """Active in training, not in validation, and not in the file's effect."""
     made = seen(monkeypatch, importlib.import_module(LORA), "load_transformer")
-    run(LORA, "--lora_dropout", 0.25)
+    out = run(LORA, "--lora_dropout", 0.25, "--learning_rate", 1e-2)
     rates = {m.p for m in made[0][2].modules() if isinstance(m, torch.nn.Dropout) and m.p}
     assert rates == {0.25}
+    pipe = StableDiffusion3Pipeline.from_pretrained(pipeline)
+    pipe.load_lora_weights(out)
+    assert np.array_equal(generate(pipe), generate(pipe))
 
 
 ATTENTION = {f"attn.{name}" for name in "to_q to_k to_v to_out.0 add_q_proj add_k_proj add_v_proj to_add_out".split()}
