@@ -1594,6 +1594,8 @@ def main(args):
         transformer.enable_gradient_checkpointing()
     if args.torch_compile:
         # Every kind of block is compiled for every size: with gradient, without, for a last chunk, for validation.
+        # Whole, too, under DDP, which would cut the graphs along its buckets.
+        torch._dynamo.config.optimize_ddp = False
         torch._dynamo.config.recompile_limit = 16 * len({tuple(item["size"]) for item in inspected})
         for block in transformer.transformer_blocks:
             block.compile(dynamic=False)
@@ -1679,9 +1681,8 @@ def main(args):
             logger.warning(f"Skipped {what}")
         else:
             skipped_steps = 0
-            torch.manual_seed(
-                derive_seed(args.seed, "rounding", global_step)
-            )  # of --full_bf16, alike on all processes
+            # The rounding of --full_bf16: alike on all processes, and after a restart.
+            torch.manual_seed(derive_seed(args.seed, "rounding", global_step))
             optimizer.step()
             if ema is not None:
                 ema.to(device)

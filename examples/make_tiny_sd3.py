@@ -295,7 +295,8 @@ def save_configs(pipeline, folder):
 def main():
     parser = argparse.ArgumentParser(description="Write a toy Stable Diffusion 3.5 pipeline with random weights.")
     parser.add_argument("output_dir", type=Path, help="Folder to write the pipeline to.")
-    parser.add_argument("--size", choices=list(SIZES), default="tiny", help="tiny: tests. small: learns on a CPU.")
+    sizes = "tiny: for tests. mini, small: learn on a CPU. medium: SD3.5-Medium's."
+    parser.add_argument("--size", choices=list(SIZES), default="tiny", help=sizes)
     parser.add_argument("--configs_only", action="store_true", help="Write no weights.")
     parser.add_argument("--overwrite", action="store_true", help="Replace the pipeline that is in the folder.")
     args = parser.parse_args()

@@ -258,6 +258,7 @@ def test_torch_compile(script, flags, kinds, default, run, compiled):
     assert not compiled
     close(run(script, *arguments, "--torch_compile"), base, 1e-3 if "bf16" in flags else 1e-5)
     assert len(compiled) == kinds * (2 if flags else 1)
+    assert not torch._dynamo.config.optimize_ddp
     assert not torch._dynamo.utils.counters["graph_break"]
 
 
@@ -694,18 +695,17 @@ def test_full_bf16(script, run, default, uncompiled, monkeypatch, tmp_path):
     start = SD3Transformer2DModel.from_pretrained(default.pipeline, subfolder="transformer").state_dict()
     for folder in (out, default(script, *arguments)):
         moved.append(torch.cat([(w.float() - start[n]).flatten() for n, w in weights(folder).items()]))
-    rounding = (start["proj_out.weight"].bfloat16().float() - start["proj_out.weight"]).abs().mean()
     assert moved[0].dot(moved[1]) / moved[1].square().sum() == pytest.approx(1, abs=0.15)
-    assert rounding > 0
 
 
 def test_stochastic_rounding_keeps_small_updates(uncompiled, photos):
-    """At a learning rate of 2e-5 AdamW in plain bf16 leaves most weights where they are; this one moves them all."""
+    """At a learning rate of 2e-5 AdamW in plain bf16 leaves most weights where they are; this one moves the mean."""
     module = importlib.import_module(SFT)
     arguments = f"--pretrained_model_name_or_path x --train_data_dir {photos} --full_bf16 --adam_weight_decay 0"
     args = module.parse_args(arguments.split())
     assert args.learning_rate == 2e-5
-    start = torch.randn(4096, generator=torch.Generator().manual_seed(0)).bfloat16()
+    start = 0.02 * torch.randn(4096, generator=torch.Generator().manual_seed(0))  # the size of a network's weights
+    start = start.bfloat16()
     steps, moved = 50, {}
     for name in ("float32", "plain", "stochastic"):
         weight = torch.nn.Parameter(start.float() if name == "float32" else start.clone())
@@ -718,7 +718,7 @@ def test_stochastic_rounding_keeps_small_updates(uncompiled, photos):
             optimizer.step()
         moved[name] = start.float() - weight.detach().float()
     torch.testing.assert_close(moved["float32"], torch.full((4096,), steps * 2e-5), rtol=1e-2, atol=1e-6)
-    assert (moved["plain"] == 0).float().mean() > 0.95
+    assert (moved["plain"] == 0).float().mean() > 0.6
     assert moved["stochastic"].mean() == pytest.approx(steps * 2e-5, rel=0.1)
 
 

@@ -40,6 +40,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from diffusers import AutoencoderKL, SD3Transformer2DModel
+from diffusers.training_utils import free_memory
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -114,6 +115,9 @@ class Configuration:
         self.script = importlib.import_module(METHODS[method])
         self.training_losses = self.script.training_losses
         if method == "reference":
+            for flag in ("--num_rollout_paths", "--sigma_upper_ratio", "--aux_batch_size", "--cfg_scale_sampling"):
+                if flag in flags:
+                    raise SystemExit(f"error: {text!r}: the reference step does not know {flag}")
             self.training_losses = importlib.import_module("reference_step").training_losses
         required = ["--pretrained_model_name_or_path", self.folder, "--train_data_dir", os.path.dirname(__file__)]
         self.args = self.script.parse_args([*required, "--seed", "0", "--max_train_steps", "1", *flags])
@@ -160,7 +164,8 @@ class Configuration:
         size = 0
         with torch.device("meta"):
             if not self.args.cache_prompt_embeds:
-                for part in ("text_encoder", "text_encoder_2", "text_encoder_3"):
+                parts = ("text_encoder", "text_encoder_2", "text_encoder_3")
+                for part in parts[:-1] if self.args.no_text_encoder_3 else parts:
                     config = AutoConfig.from_pretrained(os.path.join(self.folder, part))
                     model = (T5EncoderModel if part == "text_encoder_3" else CLIPTextModelWithProjection)(config)
                     size += sum(parameter.numel() for parameter in model.parameters()) * self.weight_dtype.itemsize
@@ -175,6 +180,8 @@ class Configuration:
         if self.args.gradient_checkpointing:
             transformer.enable_gradient_checkpointing()
         if compile:
+            torch.compiler.reset()  # as in a process of its own
+            torch._dynamo.config.recompile_limit = 16
             for block in transformer.transformer_blocks:
                 block.compile(dynamic=False)
         return transformer.train()
@@ -296,7 +303,6 @@ class Configuration:
             "peak_allocated_gib": torch.cuda.max_memory_allocated() / GIB if cuda else None,
             "peak_reserved_gib": torch.cuda.max_memory_reserved() / GIB if cuda else None,
         }
-        del transformer, optimizer, parameters, pipeline, vae, batch
         accelerator.free_memory()
         return result
 
@@ -369,7 +375,11 @@ def main():
         machine["matmul_tflops"] = rate / TERA
     document = {"pipeline": options.pipeline.name, "machine": machine, "results": []}
     if options.output.exists():
-        document["results"] = json.loads(options.output.read_text())["results"]
+        before = json.loads(options.output.read_text())
+        for name in ("device", "versions"):
+            if before["machine"][name] != machine[name] or before["pipeline"] != document["pipeline"]:
+                parser.error(f"{options.output} is of another machine or pipeline: choose another file, or remove it")
+        document = before
     done = [result["configuration"] for result in document["results"]]
     configurations = [configuration for configuration in configurations if configuration.text not in done]
     options.output.parent.mkdir(parents=True, exist_ok=True)
@@ -378,7 +388,11 @@ def main():
         measured = None
         if not options.count_only:
             model_operations = counted["model_tflop"] * TERA
-            measured = configuration.measure(options.warmup, options.steps, model_operations, rate)
+            try:
+                measured = configuration.measure(options.warmup, options.steps, model_operations, rate)
+            except torch.OutOfMemoryError:
+                measured = "out of memory"
+            free_memory()  # else the next configuration is charged for this one
         document["results"].append({"configuration": configuration.text, "counted": counted, "measured": measured})
         options.output.write_text(json.dumps(document, indent=1) + "\n")
         tqdm.write(f"{configuration.text}: {json.dumps(counted)} {json.dumps(measured)}")

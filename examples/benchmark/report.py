@@ -37,7 +37,7 @@ def label(configuration):
 
 
 def on_gpu(document):
-    return any((r["measured"] or {}).get("peak_allocated_gib") is not None for r in document["results"])
+    return any(isinstance(m, dict) and m["peak_allocated_gib"] for m in (r["measured"] for r in document["results"]))
 
 
 def step_table(document):
@@ -53,7 +53,9 @@ def step_table(document):
             f"{counted['peak_gib']:.1f} GiB",
             "not measured",
         ]
-        if measured:
+        if isinstance(measured, str):
+            cells[-1] = measured
+        elif measured:
             memory = f"{measured['peak_allocated_gib']:.1f} and {measured['peak_reserved_gib']:.1f} GiB"
             cells[-1] = f"{measured['step_s']:.3f} s, {measured['model_flop_utilisation']:.0%}, {memory}"
         rows.append("| " + " | ".join(cells) + " |")
@@ -62,7 +64,7 @@ def step_table(document):
 
 def ratio_table(document):
     """Times of one run as multiples of the plain SFT step's: what a slow machine can say, too."""
-    results = [result for result in document["results"] if result["measured"]]
+    results = [result for result in document["results"] if isinstance(result["measured"], dict)]
     base = next(r["measured"]["step_s"] for r in results if r["configuration"].startswith("sft"))
     rows = ["| configuration | forwards | step over SFT's | first step over SFT's |", "| --- | --: | --: | --: |"]
     for result in results:
@@ -98,6 +100,8 @@ def draw(documents, path):
         for number, result in enumerate(result for name in names for result in documents[name]["results"]):
             counted, measured = result["counted"], result["measured"]
             place = counted["peak_gib"], counted["tflop"]
+            if isinstance(measured, str):
+                continue
             if kind == "gpu":
                 place = measured["peak_allocated_gib"], measured["step_s"]
             axes.scatter(*place, color=colours[result["configuration"].split()[0]], s=36)

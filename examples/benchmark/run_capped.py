@@ -36,8 +36,8 @@ def main():
     if not torch.cuda.is_available():
         parser.error("a limit on GPU memory needs a GPU")
     total = torch.cuda.get_device_properties(0).total_memory / GIB
-    if args.limit > total:
-        parser.error(f"{args.limit} GiB are more than this GPU has, {total:.1f}")
+    if not CONTEXT_GIB < args.limit <= total:
+        parser.error(f"the limit must be from {CONTEXT_GIB} to {total:.1f} GiB, what this GPU has; got {args.limit}")
     torch.cuda.set_per_process_memory_fraction((args.limit - CONTEXT_GIB) / total)
     started = time.perf_counter()
     sys.path.insert(0, str(Path(script).resolve().parent))
