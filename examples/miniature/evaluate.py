@@ -1,0 +1,172 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+Score a run of the experiment: draw the prompts at several guidances and numbers of steps, detect what is there.
+
+    python examples/miniature/evaluate.py --base outputs/miniature/base_0 --run outputs/miniature/runs/sft \
+        --world outputs/miniature/world --output sft.json
+
+Writes a JSON with an outcome of every picture, so that runs can be compared prompt by prompt, and per setting the
+Frechet distance to true pictures of the same prompts and the diversity among pictures of one prompt. Two pictures of
+each task, from the same noise for every run, are kept beside it as a PNG.
+"""
+
+import argparse
+import json
+import os
+import random
+from collections import defaultdict
+from pathlib import Path
+
+import numpy as np
+import torch
+import world
+from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
+from diffusers.utils import make_image_grid
+from tqdm.auto import tqdm
+
+
+BATCH = 100
+MAIN = (4.5, 20)  # guidance, steps
+# Prompts a task in each setting: all of them where the main results are.
+SETTINGS = {MAIN: 100, (4.5, 5): 100, (1.0, 20): 50, (2.0, 20): 50, (7.0, 20): 50, (4.5, 10): 50, (4.5, 40): 50}
+GUIDANCES = dict.fromkeys([(1.0, 20), (2.0, 20), MAIN, (7.0, 20)], 30)  # of the validation, to choose from
+
+
+def load_pipeline(base, run, device="cpu"):
+    """The base pipeline with what the run at `run` trained; `None` is the base itself."""
+    pipeline = StableDiffusion3Pipeline.from_pretrained(base, use_safetensors=True)
+    if run is not None and (run / "transformer").is_dir():
+        pipeline.transformer = SD3Transformer2DModel.from_pretrained(run, subfolder="transformer")
+    elif run is not None:
+        pipeline.load_lora_weights(run, weight_name="pytorch_lora_weights.safetensors")
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline.to(device)
+
+
+@torch.no_grad()
+def encode(pipeline, texts):
+    """Embeddings of each text: `dict[str, tuple[torch.Tensor, torch.Tensor]]`."""
+    length = pipeline.tokenizer_max_length
+    found = {}
+    for start in range(0, len(texts), BATCH):
+        part = texts[start : start + BATCH]
+        embeds, _, pooled, _ = pipeline.encode_prompt(
+            part, part, part, do_classifier_free_guidance=False, max_sequence_length=length
+        )
+        found |= {text: (embeds[i], pooled[i]) for i, text in enumerate(part)}
+    return found
+
+
+def sample(pipeline, records, embeds, guidance, steps):
+    """A picture a record, from the record's own noise: `list[PIL.Image.Image]`."""
+    images = []
+    for start in range(0, len(records), BATCH):
+        part = records[start : start + BATCH]
+        inputs = [torch.stack(tensors) for tensors in zip(*(embeds[r["prompt"]] for r in part), strict=True)]
+        null = [tensor.expand(len(part), *tensor.shape) for tensor in embeds[""]]
+        images += pipeline(
+            prompt_embeds=inputs[0],
+            pooled_prompt_embeds=inputs[1],
+            negative_prompt_embeds=null[0],
+            negative_pooled_prompt_embeds=null[1],
+            height=world.SIZE,
+            width=world.SIZE,
+            num_inference_steps=steps,
+            guidance_scale=guidance,
+            generator=[torch.Generator().manual_seed(r["seed"]) for r in part],
+        ).images
+    return images
+
+
+def features(images):
+    """Fixed features, of random convolutions: `(N, 128)`. They see colours, edges and roughly where."""
+    generator = torch.Generator().manual_seed(0)
+    pixels = (
+        torch.from_numpy(np.stack([np.asarray(image) for image in images])).permute(0, 3, 1, 2).float() / 127.5 - 1
+    )
+    for channels in (16, 32):
+        weight = torch.randn(channels, pixels.shape[1], 3, 3, generator=generator) / (9 * pixels.shape[1]) ** 0.5
+        pixels = torch.relu(torch.nn.functional.conv2d(pixels, weight, stride=2, padding=1))
+    return torch.nn.functional.adaptive_avg_pool2d(pixels, 2).flatten(1).double()
+
+
+def frechet_distance(one, other):
+    """Between the Gaussians of two sets of features `(N, D)`."""
+    means, covariances = [f.mean(0) for f in (one, other)], [torch.cov(f.T) for f in (one, other)]
+    roots = torch.linalg.eigvals(covariances[0] @ covariances[1]).real.clamp(min=0).sqrt().sum()
+    spread = covariances[0].trace() + covariances[1].trace() - 2 * roots
+    return ((means[0] - means[1]).square().sum() + spread).item()
+
+
+def diversity(found, records):
+    """Mean squared distance between the features of two pictures of one prompt."""
+    groups = defaultdict(list)
+    for feature, record in zip(found, records, strict=True):
+        groups[record["prompt"]].append(feature)
+    stacks = [torch.stack(group) for group in groups.values() if len(group) > 1]
+    return torch.stack([torch.pdist(stack).square().mean() for stack in stacks]).mean().item()
+
+
+def measure(pipeline, prompts, records, truth, embeds, guidance, steps):
+    """
+    Draw the prompts in one setting.
+
+    Returns:
+        `tuple[dict, list[PIL.Image.Image]]`: the outcomes, a character a picture, and what is measured on all of them
+        together; and the pictures.
+    """
+    images = sample(pipeline, records, embeds, guidance, steps)
+    found = [world.detect(image) for image in images]
+    scores = [world.score(prompt, *seen) for prompt, seen in zip(prompts, found, strict=True)]
+    drawn = features(images)
+    return {
+        "lenient": "".join(str(int(lenient)) for lenient, _ in scores),
+        "strict": "".join(str(int(strict)) for _, strict in scores),
+        "broken": "".join(str(int(broken > 0)) for _, broken in found),
+        "frechet": frechet_distance(drawn, features(truth)),
+        "diversity": diversity(drawn, records) / diversity(features(truth), records),
+    }, images
+
+
+def name_of(guidance, steps):
+    return f"guidance {guidance:g}, {steps} steps"
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Score a run of the experiment.")
+    parser.add_argument("--base", type=Path, required=True, help="Pipeline that the run began from.")
+    parser.add_argument("--run", type=Path, help="Its --output_dir. Default: the base itself.")
+    parser.add_argument("--world", type=Path, required=True, help="Folder of world.py.")
+    parser.add_argument("--output", type=Path, required=True, help="JSON file to write.")
+    parser.add_argument("--main_only", action="store_true", help="One setting, the test prompts alone.")
+    args = parser.parse_args()
+    pipeline = load_pipeline(args.base, args.run)
+    result = {"test": {}, "validation": {}}
+    parts = {"test": {MAIN: SETTINGS[MAIN]} if args.main_only else SETTINGS}
+    parts["validation"] = {} if args.main_only else GUIDANCES
+    for part, settings in parts.items():
+        prompts, records = world.read_prompts(args.world / f"{part}.jsonl")
+        embeds = encode(pipeline, sorted({"", *(record["prompt"] for record in records)}))
+        rng = random.Random(f"truth {part}")
+        truth = [world.draw(world.realise(prompt, rng)) for prompt in prompts]
+        of_task = len(records) // len(world.TASKS)
+        for (guidance, steps), count in tqdm(settings.items(), desc=f"Drawing {part}", unit="setting"):
+            count = min(count, of_task)
+            chosen = [task * of_task + i for task in range(len(world.TASKS)) for i in range(count)]
+            these = [[items[i] for i in chosen] for items in (prompts, records, truth)]
+            measured, images = measure(pipeline, *these, embeds, guidance, steps)
+            result[part][name_of(guidance, steps)] = measured
+            if (part, guidance, steps) == ("test", *MAIN):
+                shown = [images[task * count + i] for task in range(len(world.TASKS)) for i in range(2)]
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    if not args.main_only:
+        make_image_grid(shown, rows=1, cols=len(shown)).save(args.output.with_suffix(".png"))
+    partial = args.output.with_suffix(".partial")
+    partial.write_text(json.dumps(result, indent=1) + "\n")
+    os.replace(partial, args.output)
+    main_setting = result["test"][name_of(*MAIN)]
+    print({key: np.mean([int(c) for c in main_setting[key]]).round(3) for key in ("lenient", "strict", "broken")})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,197 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+Run what is missing of the experiment: the world, the bases, the arms, their scores. `run.sh` calls it.
+
+    python examples/miniature/experiment.py quick
+    python examples/miniature/experiment.py full --workers 2
+
+Each arm is trained by a script of this collection, by its command line, in a process of its own with one thread; an
+interrupted run is resumed from its checkpoint, a finished one is not run again. Scores go to `results/`, one JSON a
+run, all else to `outputs/miniature`.
+"""
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from tqdm.auto import tqdm
+
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+SIZE, PROMPT_TOKENS = 32, 12
+SFT, SOAR, LORA = "train_sd3_sft.py", "train_sd3_soar.py", "train_sd3_soar_lora.py"
+
+# An arm: its script, what differs from the script's defaults, and the control that it goes through, if any.
+MAIN_ARMS = {
+    "SFT": (SFT, "", None),
+    "SFT x 7": (SFT, "--train_batch_size 112", None),  # as many supervised states as SOAR
+    "true state": (SOAR, "", "true_state"),
+    "SOAR K=40": (SOAR, "", None),
+    "SOAR K=10": (SOAR, "--num_sampling_steps 10", None),
+}
+OTHER_ARMS = {
+    "sigma mixture": (SFT, "", "sigma_mixture"),
+    "SOAR K=5": (SOAR, "--num_sampling_steps 5", None),
+    "SOAR without CFG": (SOAR, "--cfg_scale_sampling 1", None),
+    "SOAR flow_sde": (SOAR, "--num_rollout_paths 2 --trajectory_length 3 --sde_rollout_type flow_sde", None),
+    "SOAR cps": (SOAR, "--num_rollout_paths 2 --trajectory_length 3 --sde_rollout_type cps", None),
+    "SOAR N=1": (SOAR, "--trajectory_length 1", None),
+    "SOAR N=2": (SOAR, "--trajectory_length 2", None),
+    "SOAR-LoRA": (LORA, "--rank 16 --learning_rate 1e-3", None),
+}
+ARMS = MAIN_ARMS | OTHER_ARMS
+DROPOUTS = (0.0, 0.1)
+CHECKPOINTS = (250, 500)  # scored, too, for the main arms, besides the end
+STEPS = 1000
+BASE_STEPS = 6000
+
+
+@dataclass(frozen=True)
+class Run:
+    arm: str
+    dropout: float
+    base: int
+    seed: int
+
+    @property
+    def name(self):
+        arm = self.arm.lower().replace(" ", "_").replace("=", "")
+        return f"{arm}-dropout{self.dropout:g}-base{self.base}-seed{self.seed}"
+
+
+def plan(size):
+    """The runs, the most telling first, so that what an unfinished experiment has is balanced."""
+    if size == "quick":
+        return [Run(arm, 0.1, 0, 0) for arm in MAIN_ARMS]
+    main = [
+        Run(arm, dropout, base, seed)
+        for seed in range(3)
+        for base in range(2)
+        for dropout in reversed(DROPOUTS)
+        for arm in MAIN_ARMS
+    ]
+    others = [Run(arm, dropout, 0, seed) for seed in range(3) for dropout in reversed(DROPOUTS) for arm in OTHER_ARMS]
+    return main + others
+
+
+def call(log, *command):
+    """Run a Python script in a process with one thread; its output goes to `log`."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with open(log, "a") as file:
+        command = [sys.executable, *map(str, command)]
+        done = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, env=environment, cwd=ROOT)
+    if done.returncode:
+        raise SystemExit(f"error: {Path(command[1]).name} ended with code {done.returncode}; see {log}")
+
+
+def training_flags(out, pipeline, data, run_dir, seed, dropout, steps):
+    return f"""--pretrained_model_name_or_path {pipeline} --train_data_dir {data} --output_dir {run_dir}
+        --cache_dir {out}/cache --cache_prompt_embeds --resolution {SIZE} --max_sequence_length {PROMPT_TOKENS}
+        --cond_dropout_rate {dropout} --max_train_steps {steps} --seed {seed} --mixed_precision no
+        --report_to tensorboard --resume_from_checkpoint latest""".split()
+
+
+def make_base(out, number, steps):
+    """A base model: a transformer trained on the noisy pictures by seed `number`; VAE and encoders are the same."""
+    base = out / f"base_{number}"
+    if base.exists():
+        return
+    raw, run_dir = out / "raw", out / f"base_{number}_run"
+    flags = training_flags(out, raw, out / "world" / "noisy", run_dir, number, 0.1, steps)
+    flags += "--train_batch_size 32 --learning_rate 2e-3 --lr_scheduler cosine --lr_warmup_steps 100".split()
+    flags += "--checkpointing_steps 1000 --checkpoints_total_limit 1".split()
+    call(out / "logs" / f"base_{number}.log", SFT, *flags)
+    partial = out / f"base_{number}.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    shutil.copytree(raw, partial)
+    shutil.rmtree(partial / "transformer")
+    shutil.copytree(run_dir / "transformer", partial / "transformer")
+    partial.rename(base)
+
+
+def make_raw(out):
+    """The pictures, and the toy pipeline with its VAE trained on them."""
+    log = out / "logs" / "raw.log"
+    if not (out / "world").exists():
+        call(log, HERE / "world.py", out / "world")
+    if not (out / "raw").exists():
+        shutil.rmtree(out / "raw_untrained", ignore_errors=True)
+        call(log, ROOT / "examples" / "make_tiny_sd3.py", out / "raw_untrained", "--size", "mini")
+        call(log, ROOT / "examples" / "train_vae.py", out / "raw_untrained", *(out / "world").glob("*/"))
+        (out / "raw_untrained").rename(out / "raw")
+
+
+def train(out, run, steps):
+    """Train a run, or go on with it."""
+    run_dir, (script, differences, control) = out / "runs" / run.name, ARMS[run.arm]
+    if (run_dir / "training_args.json").exists():
+        return run_dir
+    base, data = out / f"base_{run.base}", out / "world" / "curated"
+    flags = training_flags(out, base, data, run_dir, 100 + run.seed, run.dropout, steps)
+    flags += f"--train_batch_size 16 --learning_rate 3e-4 --checkpointing_steps {CHECKPOINTS[0]} {differences}".split()
+    command = [script, *flags] if control is None else [HERE / "train_control.py", control, script, *flags]
+    call(out / "logs" / f"{run.name}.log", *command)
+    return run_dir
+
+
+def score(out, results, base, run_dir, name, *flags):
+    """Score a run, or with `run_dir` `None` its base, unless that has been done."""
+    file = results / f"{name}.json"
+    if not file.exists():
+        flags = [*flags, *(["--run", run_dir] if run_dir else []), "--base", out / f"base_{base}"]
+        call(out / "logs" / f"{name}.log", HERE / "evaluate.py", *flags, "--world", out / "world", "--output", file)
+
+
+def do(out, results, run, steps):
+    """Train and score one run."""
+    run_dir = train(out, run, steps)
+    score(out, results, run.base, run_dir, run.name)
+    if run.arm in MAIN_ARMS:
+        for step in CHECKPOINTS:
+            score(out, results, run.base, run_dir / f"checkpoint-{step}", f"{run.name}-step{step}", "--main_only")
+    for checkpoint in run_dir.glob("checkpoint-*"):  # most of the disk, and needed no more
+        shutil.rmtree(checkpoint)
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Run what is missing of the experiment.")
+    parser.add_argument("size", choices=["quick", "full"])
+    parser.add_argument("--out", type=Path, help="Folder of models and pictures. Default: outputs/miniature[_quick].")
+    parser.add_argument("--results", type=Path, help="Folder of the scores. Default: results/, for quick in --out.")
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="Processes at once, of one thread each.")
+    parser.add_argument("--steps", type=int, default=STEPS, help="Of post-training.")
+    parser.add_argument("--base_steps", type=int, default=BASE_STEPS)
+    args = parser.parse_args()
+    quick = args.size == "quick"
+    out = args.out or ROOT / "outputs" / ("miniature_quick" if quick else "miniature")
+    results = args.results or (out / "results" if quick else HERE / "results")
+    runs = plan(args.size)
+    make_raw(out)
+    with ThreadPoolExecutor(args.workers) as pool:
+        bases = sorted({run.base for run in runs})
+        list(tqdm(pool.map(lambda base: make_base(out, base, args.base_steps), bases), "Bases", len(bases)))
+        for base in bases:
+            score(out, results, base, None, f"base{base}")
+        failed = threading.Event()
+
+        def work(run):
+            if not failed.is_set():  # one that failed ends all; what runs is finished first
+                try:
+                    do(out, results, run, args.steps)
+                except BaseException:
+                    failed.set()
+                    raise
+
+        list(tqdm(pool.map(work, runs), "Runs", len(runs)))
+
+
+if __name__ == "__main__":
+    main()

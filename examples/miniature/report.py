@@ -1,0 +1,265 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+Tables and pictures from the scores of the experiment's runs, and from nothing else.
+
+    python examples/miniature/report.py examples/miniature/results
+
+Prints Markdown; writes scores.png, steps.png and samples.png beside the results. Intervals are 95 % bootstrap
+intervals: pairs of runs (same base, same seed) and prompts within their tasks are drawn again together.
+"""
+
+import argparse
+import json
+import re
+from collections import defaultdict
+from pathlib import Path
+
+import numpy as np
+from evaluate import GUIDANCES, MAIN, SETTINGS, name_of
+from experiment import ARMS, CHECKPOINTS, DROPOUTS, MAIN_ARMS, STEPS, Run
+from world import TASKS
+
+
+MAIN_SETTING = name_of(*MAIN)
+# Forwards of the model per optimizer step and sample of a batch of 16: 3 a state with gradient, 1 without.
+FORWARDS = {
+    "SFT": 3,
+    "SFT x 7": 21,
+    "true state": 22,
+    "sigma mixture": 3,
+    "SOAR without CFG": 21,
+    "SOAR N=1": 7,
+    "SOAR N=2": 10,
+    "SOAR-LoRA": 15,
+}
+PAIRS = [
+    ("SOAR K=40", "SFT"),
+    ("SOAR K=40", "SFT x 7"),
+    ("SOAR K=40", "true state"),
+    ("SOAR K=10", "SFT"),
+    ("SOAR K=10", "SFT x 7"),
+    ("SOAR K=10", "true state"),
+    ("SOAR K=10", "SOAR K=40"),
+]
+
+
+def read(folder):
+    """The scores of all runs: `dict[arm, dict[(dropout, base, seed), dict]]`, and of the bases."""
+    names = {
+        Run(arm, dropout, base, seed).name: (arm, dropout, base, seed)
+        for arm in ARMS
+        for dropout in DROPOUTS
+        for base in range(9)
+        for seed in range(9)
+    }
+    runs, bases = defaultdict(dict), {}
+    for path in sorted(folder.glob("*.json")):
+        stem, _, step = path.stem.partition("-step")
+        if stem in names:
+            arm, *key = names[stem]
+            runs[arm].setdefault(tuple(key), {})[int(step or STEPS)] = json.loads(path.read_text())
+        elif match := re.fullmatch(r"base(\d+)", stem):
+            bases[int(match[1])] = json.loads(path.read_text())
+    return runs, bases
+
+
+def outcomes(scores, setting, key, part="test"):
+    """The outcomes of a run in a setting: an array of `(tasks, prompts)`, 0 or 1."""
+    return np.array([int(c) for c in scores[part][setting][key]], dtype=float).reshape(len(TASKS), -1)
+
+
+def table(header, rows):
+    lines = ["| " + " | ".join(header) + " |", "| --- |" + " --: |" * (len(header) - 1)]
+    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
+
+
+def spread(values, form=".3f"):
+    """Mean and standard deviation over runs."""
+    text = format(np.mean(values), form)
+    return text if len(values) == 1 else f"{text} ± {np.std(values, ddof=1):{form}}"
+
+
+def best_guidance(scores):
+    """The setting with the best mean score on the validation prompts."""
+    return max((name_of(*s) for s in GUIDANCES), key=lambda s: outcomes(scores, s, "lenient", "validation").mean())
+
+
+def main_table(runs, bases, dropout):
+    """A row an arm: everything in the main setting, and the score with five steps and at the best guidance."""
+    header = [
+        "arm",
+        "runs",
+        "score",
+        "strict",
+        "broken",
+        "Frechet",
+        "diversity",
+        "5 steps",
+        "best guidance",
+        "forwards",
+    ]
+    rows = []
+    for arm in ["base", *ARMS]:
+        found = bases if arm == "base" else {k[1:]: r[STEPS] for k, r in runs[arm].items() if k[0] == dropout}
+        found = [scores for scores in found.values() if STEPS]
+        if not found:
+            continue
+        best = [best_guidance(scores) for scores in found]
+        chosen = sorted({setting.split(",")[0].removeprefix("guidance ") for setting in best})
+        best_scores = [
+            outcomes(scores, setting, "lenient").mean() for scores, setting in zip(found, best, strict=True)
+        ]
+        rows.append(
+            [arm, str(len(found))]
+            + [
+                spread([outcomes(s, MAIN_SETTING, key).mean() for s in found])
+                for key in ("lenient", "strict", "broken")
+            ]
+            + [spread([s["test"][MAIN_SETTING][key] for s in found]) for key in ("frechet", "diversity")]
+            + [spread([outcomes(s, name_of(4.5, 5), "lenient").mean() for s in found])]
+            + [f"{spread(best_scores)} ({', '.join(chosen)})"]
+            + ["0" if arm == "base" else str(FORWARDS.get(arm, 22))]
+        )
+    return table(header, rows)
+
+
+def task_table(runs, bases, dropout):
+    """A row an arm: the score of each task."""
+    rows = []
+    for arm in ["base", *ARMS]:
+        found = bases if arm == "base" else {k: r[STEPS] for k, r in runs[arm].items() if k[0] == dropout}
+        if found:
+            tasks = np.array([outcomes(scores, MAIN_SETTING, "lenient").mean(1) for scores in found.values()])
+            rows.append([arm, *(f"{value:.2f}" for value in tasks.mean(0))])
+    return table(["arm", *(task.replace("_", " ") for task in TASKS)], rows)
+
+
+def difference(one, other, setting, key, rng, draws=2000):
+    """Mean paired difference of two arms' outcomes, its interval, and in how many pairs of runs it has its sign."""
+    pairs = [
+        outcomes(one[k], setting, key) - outcomes(other[k], setting, key) for k in sorted(one.keys() & other.keys())
+    ]
+    pairs = np.array(pairs)
+    runs, tasks, prompts = pairs.shape
+    means = []
+    for _ in range(draws):
+        chosen = pairs[rng.integers(runs, size=runs)]
+        columns = rng.integers(prompts, size=(tasks, prompts))
+        means.append(np.take_along_axis(chosen, columns[None], 2).mean())
+    low, high = np.quantile(means, [0.025, 0.975])
+    mean = pairs.mean()
+    same = (np.sign(pairs.mean((1, 2))) == np.sign(mean)).sum()
+    return f"{mean:+.3f} [{low:+.3f}, {high:+.3f}], {same} of {runs}"
+
+
+def difference_table(runs, dropout):
+    """A row a pair of arms; in how many runs the difference has the sign of the mean."""
+    rng, rows = np.random.default_rng(0), []
+    for one, other in PAIRS:
+        first, second = ({k[1:]: r[STEPS] for k, r in runs[arm].items() if k[0] == dropout} for arm in (one, other))
+        if first.keys() & second.keys():
+            columns = [(MAIN_SETTING, "lenient"), (MAIN_SETTING, "strict"), (MAIN_SETTING, "broken")]
+            columns += [(name_of(4.5, 5), "lenient"), (name_of(4.5, 5), "broken")]
+            rows.append([f"{one} - {other}", *(difference(first, second, *column, rng) for column in columns)])
+    return table(["difference", "score", "strict", "broken", "score, 5 steps", "broken, 5 steps"], rows)
+
+
+def draw_scores(runs, bases, path):
+    """Score and broken pictures against guidance and against steps, an arm a line; a row a dropout rate."""
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(len(DROPOUTS), 4, figsize=(17, 8), layout="constrained", squeeze=False)
+    sweeps = [
+        ("guidance", [s for s in SETTINGS if s[1] == MAIN[1]], 0),
+        ("steps", [s for s in SETTINGS if s[0] == MAIN[0]], 1),
+    ]
+    for row, dropout in zip(axes, reversed(DROPOUTS), strict=True):
+        for column, (key, (label, settings, which)) in enumerate(
+            [(k, s) for k in ("lenient", "broken") for s in sweeps]
+        ):
+            axis, settings = row[column], sorted(settings, key=lambda setting: setting[which])
+            for arm in ["base", *MAIN_ARMS]:
+                found = bases if arm == "base" else {k: r[STEPS] for k, r in runs[arm].items() if k[0] == dropout}
+                if found:
+                    values = [[outcomes(s, name_of(*x), key).mean() for x in settings] for s in found.values()]
+                    means, errors = np.mean(values, 0), np.std(values, 0) / max(len(values) - 1, 1) ** 0.5
+                    places = [setting[which] for setting in settings]
+                    style = {"color": "grey", "ls": ":"} if arm == "base" else {}
+                    axis.errorbar(places, means, errors, label=arm, marker="o", ms=4, capsize=2, **style)
+            axis.set(xlabel=label, ylabel="score" if key == "lenient" else "pictures with a broken object")
+            axis.set_title(f"caption dropout {dropout:g}")
+            if label == "steps":
+                axis.set_xscale("log", base=2)
+                axis.set_xticks(places, [str(place) for place in places])
+            axis.grid(alpha=0.3)
+    axes[0, 0].legend(fontsize=8)
+    figure.savefig(path, dpi=90)
+    plt.close(figure)
+
+
+def draw_steps(runs, bases, path):
+    """Score against optimizer steps, and against forwards of the model, which is the cost."""
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(12, 4.5), layout="constrained", sharey=True)
+    for arm in MAIN_ARMS:
+        found = {k: r for k, r in runs[arm].items() if k[0] == DROPOUTS[1]}
+        steps = [step for step in (*CHECKPOINTS, STEPS) if all(step in r for r in found.values())]
+        if found:
+            values = [[outcomes(r[step], MAIN_SETTING, "lenient").mean() for step in steps] for r in found.values()]
+            start = np.mean([outcomes(s, MAIN_SETTING, "lenient").mean() for s in bases.values()])
+            means, errors = np.mean(values, 0), np.std(values, 0) / max(len(values) - 1, 1) ** 0.5
+            for axis, factor in zip(axes, (1, 16 * FORWARDS.get(arm, 22) / 1000), strict=True):
+                places = [0, *(step * factor for step in steps)]
+                axis.errorbar(places, [start, *means], [0, *errors], label=arm, marker="o", ms=4, capsize=2)
+    axes[0].set(xlabel="optimizer steps", ylabel="score", title=f"caption dropout {DROPOUTS[1]:g}")
+    axes[1].set(xlabel="thousand forwards of one sample")
+    axes[0].legend(fontsize=8)
+    for axis in axes:
+        axis.grid(alpha=0.3)
+    figure.savefig(path, dpi=90)
+    plt.close(figure)
+
+
+def draw_samples(folder, path):
+    """The same prompts from the same noise through all arms."""
+    from matplotlib import pyplot as plt
+    from PIL import Image
+
+    rows = {"base": folder / "base0.png"}
+    rows |= {arm: folder / f"{Run(arm, DROPOUTS[1], 0, 0).name}.png" for arm in ARMS}
+    rows = {name: Image.open(file) for name, file in rows.items() if file.exists()}
+    figure, axes = plt.subplots(len(rows), 1, figsize=(12, 1.02 * len(rows)), layout="constrained", squeeze=False)
+    for (name, strip), (axis,) in zip(rows.items(), axes, strict=True):
+        axis.imshow(strip, interpolation="nearest")
+        axis.set(xticks=[], yticks=[])
+        axis.set_ylabel(name, rotation=0, ha="right", va="center", fontsize=9)
+    axes[0, 0].set_title("   ".join(task.replace("_", " ") for task in TASKS) + "   (two each)", fontsize=9)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Tables and pictures of the experiment.")
+    parser.add_argument("results", type=Path, help="Folder of the runs' scores.")
+    parser.add_argument("--no_pictures", action="store_true")
+    args = parser.parse_args()
+    runs, bases = read(args.results)
+    if not bases:
+        parser.error(f"{args.results} holds no scores: run examples/miniature/run.sh first")
+    for dropout in reversed(DROPOUTS):
+        if any(key[0] == dropout for found in runs.values() for key in found):
+            print(f"Caption dropout {dropout:g}, {MAIN_SETTING}\n\n{main_table(runs, bases, dropout)}\n")
+            print(f"Paired differences, caption dropout {dropout:g}\n\n{difference_table(runs, dropout)}\n")
+            print(f"Score by task, caption dropout {dropout:g}\n\n{task_table(runs, bases, dropout)}\n")
+    if not args.no_pictures:
+        import matplotlib
+
+        matplotlib.use("Agg")
+        draw_scores(runs, bases, args.results / "scores.png")
+        draw_steps(runs, bases, args.results / "steps.png")
+        draw_samples(args.results, args.results / "samples.png")
+
+
+if __name__ == "__main__":
+    main()

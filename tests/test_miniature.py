@@ -1,0 +1,200 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The experiment in miniature: its world and detector, its controls, and the way from scenes to the table."""
+
+import importlib
+import itertools
+import json
+import random
+import re
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from PIL import Image
+
+import soar_utils
+
+
+HERE = ROOT / "examples" / "miniature"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def path():
+    sys.path[:0] = [str(HERE), str(ROOT / "examples")]
+    yield
+    del sys.path[:2]
+
+
+@pytest.fixture
+def world():
+    return importlib.import_module("world")
+
+
+def scenes(world, part, count, seed=0):
+    rng = random.Random(seed)
+    for task in world.TASKS:
+        for _ in range(count):
+            prompt = rng.choice(world.split(task)[part])
+            yield prompt, world.realise(prompt, rng), rng
+
+
+@pytest.mark.parametrize("noise", [0, 12])
+def test_the_truth_scores_one(world, noise):
+    """Every true picture, with noise of 5 % of the range, is right in every respect."""
+    generator = np.random.default_rng(0)
+    for prompt, things, _ in scenes(world, "test", 60):
+        pixels = np.asarray(world.draw(things), dtype=float)
+        image = Image.fromarray((pixels + generator.normal(0, noise, pixels.shape)).clip(0, 255).astype(np.uint8))
+        found, broken = world.detect(image)
+        assert sorted(map(repr, found)) == sorted(map(repr, things)) and broken == 0
+        assert world.score(prompt, found, broken) == (True, True)
+
+
+def test_other_prompts_score_little(world):
+    """A true picture of another prompt of the task fits by chance only."""
+    hits = []
+    for prompt, things, rng in scenes(world, "test", 100):
+        others = [other for other in world.split(prompt.task)["test"] if other.text != prompt.text]
+        found, broken = world.detect(world.draw(things))
+        hits.append(world.score(rng.choice(others), found, broken)[0])
+    assert np.mean(hits) < 0.1
+
+
+def test_near_misses_score_zero(world):
+    """One thing wrong: the shape, the colour, the number, the side, half an object, one object more (strict)."""
+    counted = {"wrong": 0, "more": 0, "broken": 0}
+    for prompt, things, rng in scenes(world, "test", 40):
+        thing = things[0]
+        rest = things[1:]
+        shape = rng.choice([s for s in world.SHAPES if s not in [wanted.shape for wanted in prompt.things]])
+        misses = [[world.Thing(shape, thing.color, thing.cell), *rest]]
+        if prompt.things[0].color:
+            colors = [c for c in world.COLORS if c not in [wanted.color for wanted in prompt.things]]
+            misses.append([world.Thing(thing.shape, rng.choice(colors), thing.cell), *rest])
+        if prompt.task == "counting":
+            misses.append(rest)
+        if prompt.task == "position":
+            misses.append([world.Thing(a.shape, a.color, b.cell) for a, b in (things, things[::-1])])
+        for miss in misses:
+            assert not world.score(prompt, *world.detect(world.draw(miss)))[0], (prompt, miss)
+            counted["wrong"] += 1
+        free = [cell for cell in world.CELLS if cell not in [t.cell for t in things]]
+        if free:
+            more = [*things, world.Thing(shape, "red", free[0])]
+            assert world.score(prompt, *world.detect(world.draw(more))) == (True, False)
+            counted["more"] += 1
+        half = np.asarray(world.draw(things)).copy()
+        top, left = thing.cell[0] * world.CELL, thing.cell[1] * world.CELL
+        half[top : top + world.CELL, left : left + world.CELL // 2] = world.PAPER
+        found, broken = world.detect(Image.fromarray(half))
+        assert not world.score(prompt, found, broken)[1]
+        counted["broken"] += broken
+    assert min(counted.values()) > 100
+
+
+def test_splits_do_not_share_prompts(world):
+    """Where there are many; pairs of shape and colour that are held out are asked for in the test alone."""
+    for task in world.TASKS:
+        parts = world.split(task)
+        assert not any(prompt.held_out for part in ("train", "validation") for prompt in parts[part])
+        texts = {part: {prompt.text for prompt in prompts} for part, prompts in parts.items()}
+        if len(world.all_prompts(task)) > 100:
+            for one, other in itertools.combinations(texts.values(), 2):
+                assert not one & other
+    assert any(prompt.held_out for prompt in world.split("colors")["test"])
+    assert len(world.HELD_OUT) == 6
+
+
+def test_frechet_distance_and_diversity(world):
+    """Known values for Gaussians, nothing between a set and itself, and blur and collapse are seen."""
+    evaluate = importlib.import_module("evaluate")
+    one = torch.randn(20000, 3, generator=torch.Generator().manual_seed(0)).double()
+    assert evaluate.frechet_distance(one, one) == pytest.approx(0, abs=1e-9)
+    assert evaluate.frechet_distance(one, one + 2) == pytest.approx(12, rel=1e-6)
+    assert evaluate.frechet_distance(one, 3 * one) == pytest.approx(3 * 4, rel=0.05)
+    prompts = [world.Prompt("single_object", (world.Thing("star"),))] * 40
+    rng = random.Random(0)
+    images = [world.draw(world.realise(prompt, rng)) for prompt in prompts]
+    records = [{"prompt": prompt.text} for prompt in prompts]
+    truth = evaluate.diversity(evaluate.features(images), records)
+    assert evaluate.diversity(evaluate.features([images[0]] * 40), records) == 0
+    faded = [Image.blend(image, images[0], 0.5) for image in images]
+    assert 0.1 < evaluate.diversity(evaluate.features(faded), records) / truth < 0.6
+
+
+def test_true_state_has_no_rollout(monkeypatch):
+    """Its auxiliary states are ideal ones, of the same latents, noise and levels, whatever the velocity is."""
+    control = importlib.import_module("train_control")
+    for name in ("add_noise", "rollout_step"):
+        monkeypatch.setattr(soar_utils, name, getattr(soar_utils, name))  # put back afterwards
+    control.true_state(None)
+    latents, noise, velocity = torch.randn(3, 2, 4, 5, 5)
+    sigma, sigma_next, sigma_aux = torch.tensor([[0.8, 0.5], [0.7, 0.4], [0.9, 0.6]])
+    noisy_latents = soar_utils.add_noise(latents, noise, sigma)
+    end = soar_utils.rollout_step(noisy_latents, velocity, sigma, sigma_next, "ode", 0.5, None)
+    aux_latents = soar_utils.renoise(end, noise, sigma_next, sigma_aux)
+    torch.testing.assert_close(aux_latents, soar_utils.add_noise(latents, noise, sigma_aux))
+    torch.testing.assert_close(soar_utils.correction_target(aux_latents, latents, sigma_aux), noise - latents)
+
+
+def test_sigma_mixture_is_soars(monkeypatch):
+    """The levels of 20,000 SFT samples against those of SOAR's states, drawn by its own formulas."""
+    import train_sd3_sft
+
+    control = importlib.import_module("train_control")
+    script = SimpleNamespace(compute_density_for_timestep_sampling=train_sd3_sft.compute_density_for_timestep_sampling)
+    control.sigma_mixture(script)
+    generator = torch.Generator().manual_seed(0)
+    density = ("logit_normal", 1, 0.0, 1.0, 1.29)
+    drawn = torch.cat(
+        [script.compute_density_for_timestep_sampling(*density, generator=generator) for _ in range(20000)]
+    )
+    sigma = soar_utils.shift_sigma(drawn, 3.0)
+    base = soar_utils.shift_sigma(torch.sigmoid(torch.randn(70000, generator=generator)), 3.0)
+    after = soar_utils.next_sigma(base, 40, 3.0)
+    aux = after + torch.rand(70000, generator=generator) * (1 - after)
+    expected = torch.cat([base[:10000], aux[:60000]])
+    quantiles = torch.linspace(0.01, 0.99, 33)
+    torch.testing.assert_close(sigma.quantile(quantiles), expected.quantile(quantiles), rtol=0, atol=0.015)
+    assert abs(sigma.mean() - base.mean()) > 0.05  # and is another one than SFT's
+
+
+def test_from_scenes_to_the_table(tmp_path):
+    """Two arms, a few steps each, by the scripts' command lines; the table has them and a second call runs nothing."""
+    experiment = importlib.import_module("experiment")
+    out, results = tmp_path / "out", tmp_path / "results"
+    subprocess.run([sys.executable, HERE / "world.py", out / "world", "--noisy", "64", "--curated", "64"], check=True)
+    make = [sys.executable, ROOT / "examples" / "make_tiny_sd3.py", out / "raw", "--size", "mini"]
+    subprocess.run(make, check=True)
+    for part in ("test", "validation"):  # two pictures a task, of one prompt where it comes twice
+        file = out / "world" / f"{part}.jsonl"
+        lines, kept = file.read_text().splitlines(), []
+        each = len(lines) // 6
+        for task in range(6):
+            own = lines[task * each : (task + 1) * each]
+            prompts = [json.loads(line)["prompt"] for line in own]
+            kept += [own[0], own[prompts.index(prompts[0], 1) if prompts.count(prompts[0]) > 1 else 1]]
+        file.write_text("\n".join(kept) + "\n")
+    experiment.make_base(out, 0, 2)
+    experiment.score(out, results, 0, None, "base0")
+    runs = [experiment.Run(arm, 0.1, 0, 0) for arm in ("SFT", "true state")]
+    for run in runs:
+        folder = experiment.train(out, run, 3)
+        assert json.loads((folder / "training_args.json").read_text())["max_train_steps"] == 3
+        experiment.score(out, results, 0, folder, run.name)
+    before = {path: path.stat().st_mtime_ns for path in (*out.rglob("*.safetensors"), *results.rglob("*.json"))}
+    for run in runs:
+        experiment.score(out, results, 0, experiment.train(out, run, 3), run.name)
+    assert before == {path: path.stat().st_mtime_ns for path in before}
+    report = [sys.executable, HERE / "report.py", results]
+    table = subprocess.run(report, capture_output=True, text=True, check=True).stdout
+    scores = json.loads((results / f"{runs[0].name}.json").read_text())["test"]["guidance 4.5, 20 steps"]
+    (row,) = re.findall(r"^\| SFT \| 1 \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|", table, flags=re.MULTILINE)
+    expected = [f"{np.mean([int(c) for c in scores[key]]):.3f}" for key in ("lenient", "strict", "broken")]
+    assert list(row) == expected and "| true state | 1 |" in table
+    for name in ("scores", "steps", "samples"):
+        assert (results / f"{name}.png").exists()
