@@ -22,14 +22,11 @@ import torch
 import world
 from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 from diffusers.utils import make_image_grid
+from experiment import GUIDANCES, MAIN, SETTINGS, name_of
 from tqdm.auto import tqdm
 
 
 BATCH = 100
-MAIN = (4.5, 20)  # guidance, steps
-# Prompts a task in each setting: all of them where the main results are.
-SETTINGS = {MAIN: 100, (4.5, 5): 100, (1.0, 20): 50, (2.0, 20): 50, (7.0, 20): 50, (4.5, 10): 50, (4.5, 40): 50}
-GUIDANCES = dict.fromkeys([(1.0, 20), (2.0, 20), MAIN, (7.0, 20)], 30)  # of the validation, to choose from
 
 
 def load_pipeline(base, run, device="cpu"):
@@ -126,10 +123,6 @@ def measure(pipeline, prompts, records, truth, embeds, guidance, steps):
         "frechet": frechet_distance(drawn, features(truth)),
         "diversity": diversity(drawn, records) / diversity(features(truth), records),
     }, images
-
-
-def name_of(guidance, steps):
-    return f"guidance {guidance:g}, {steps} steps"
 
 
 def main():

@@ -11,13 +11,13 @@ run, all else to `outputs/miniature`.
 """
 
 import argparse
+import dataclasses
 import os
 import shutil
 import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 
 from tqdm.auto import tqdm
@@ -49,11 +49,17 @@ OTHER_ARMS = {
 ARMS = MAIN_ARMS | OTHER_ARMS
 DROPOUTS = (0.0, 0.1)
 CHECKPOINTS = (250, 500)  # scored, too, for the main arms, besides the end
-STEPS = 1000
-BASE_STEPS = 6000
+STEPS, BASE_STEPS = 1000, 6000  # of post-training, of the base
+gap_lock = threading.Lock()
+
+# What a run is scored at: guidance and number of sampling steps.
+MAIN = (4.5, 20)  # guidance, steps
+# Prompts a task in each setting: all of them where the main results are.
+SETTINGS = {MAIN: 100, (4.5, 5): 100, (1.0, 20): 50, (2.0, 20): 50, (7.0, 20): 50, (4.5, 10): 50, (4.5, 40): 50}
+GUIDANCES = dict.fromkeys([(1.0, 20), (2.0, 20), MAIN, (7.0, 20)], 30)  # of the validation, to choose from
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Run:
     arm: str
     dropout: float
@@ -61,9 +67,16 @@ class Run:
     seed: int
 
     @property
+    def slug(self):
+        return self.arm.lower().replace(" ", "_").replace("=", "")
+
+    @property
     def name(self):
-        arm = self.arm.lower().replace(" ", "_").replace("=", "")
-        return f"{arm}-dropout{self.dropout:g}-base{self.base}-seed{self.seed}"
+        return f"{self.slug}-dropout{self.dropout:g}-base{self.base}-seed{self.seed}"
+
+
+def name_of(guidance, steps):
+    return f"guidance {guidance:g}, {steps} steps"
 
 
 def plan(size):
@@ -150,8 +163,21 @@ def score(out, results, base, run_dir, name, *flags):
         call(out / "logs" / f"{name}.log", HERE / "evaluate.py", *flags, "--world", out / "world", "--output", file)
 
 
+def measure_gap(out, results, dropout, base, seed):
+    """The exposure bias of the base and its main arms on pictures that none has seen."""
+    name = f"gap-dropout{dropout:g}-base{base}-seed{seed}"
+    if not (results / f"{name}.json").exists():
+        runs = [Run(arm, dropout, base, seed) for arm in MAIN_ARMS]
+        models = [f"base={out / f'base_{base}'}", *(f"{run.slug}={out / 'runs' / run.name}" for run in runs)]
+        flags = f"""--pretrained_model_name_or_path {out}/base_{base} --train_data_dir {out}/world/unseen
+            --resolution {SIZE} --max_sequence_length {PROMPT_TOKENS} --num_samples 256 --mixed_precision no
+            --output_dir {out}/gap/{name} --models""".split()
+        call(out / "logs" / f"{name}.log", ROOT / "examples" / "measure_exposure_bias.py", *flags, *models)
+        shutil.copy(out / "gap" / name / "exposure_bias.json", results / f"{name}.json")
+
+
 def do(out, results, run, steps):
-    """Train and score one run."""
+    """Train and score one run; with the last main arm of a base and seed, measure their exposure bias, too."""
     run_dir = train(out, run, steps)
     score(out, results, run.base, run_dir, run.name)
     if run.arm in MAIN_ARMS:
@@ -159,6 +185,9 @@ def do(out, results, run, steps):
             score(out, results, run.base, run_dir / f"checkpoint-{step}", f"{run.name}-step{step}", "--main_only")
     for checkpoint in run_dir.glob("checkpoint-*"):  # most of the disk, and needed no more
         shutil.rmtree(checkpoint)
+    with gap_lock:
+        if all((results / f"{dataclasses.replace(run, arm=arm).name}.json").exists() for arm in MAIN_ARMS):
+            measure_gap(out, results, run.dropout, run.base, run.seed)
 
 
 def main():
@@ -171,8 +200,10 @@ def main():
     parser.add_argument("--base_steps", type=int, default=BASE_STEPS)
     args = parser.parse_args()
     quick = args.size == "quick"
-    out = args.out or ROOT / "outputs" / ("miniature_quick" if quick else "miniature")
-    results = args.results or (out / "results" if quick else HERE / "results")
+    given = [path and path.resolve() for path in (args.out, args.results)]
+    os.chdir(ROOT)
+    out = given[0] or Path("outputs", "miniature_quick" if quick else "miniature")
+    results = given[1] or (out / "results" if quick else HERE / "results")
     runs = plan(args.size)
     make_raw(out)
     with ThreadPoolExecutor(args.workers) as pool:

@@ -4,7 +4,7 @@ Tables and pictures from the scores of the experiment's runs, and from nothing e
 
     python examples/miniature/report.py examples/miniature/results
 
-Prints Markdown; writes scores.png, steps.png and samples.png beside the results. Intervals are 95 % bootstrap
+Prints Markdown; writes scores.png, steps.png, gap.png and samples.png beside the results. Intervals are 95 % bootstrap
 intervals: pairs of runs (same base, same seed) and prompts within their tasks are drawn again together.
 """
 
@@ -15,8 +15,18 @@ from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
-from evaluate import GUIDANCES, MAIN, SETTINGS, name_of
-from experiment import ARMS, CHECKPOINTS, DROPOUTS, MAIN_ARMS, STEPS, Run
+from experiment import (
+    ARMS,
+    CHECKPOINTS,
+    DROPOUTS,
+    GUIDANCES,
+    MAIN,
+    MAIN_ARMS,
+    SETTINGS,
+    STEPS,
+    Run,
+    name_of,
+)
 from world import TASKS
 
 
@@ -76,7 +86,7 @@ def table(header, rows):
 def spread(values, form=".3f"):
     """Mean and standard deviation over runs."""
     text = format(np.mean(values), form)
-    return text if len(values) == 1 else f"{text} ± {np.std(values, ddof=1):{form}}"
+    return text if len(values) == 1 else f"{text} ± {np.std(values, ddof=1):{form.strip('+')}}"
 
 
 def best_guidance(scores):
@@ -101,7 +111,7 @@ def main_table(runs, bases, dropout):
     rows = []
     for arm in ["base", *ARMS]:
         found = bases if arm == "base" else {k[1:]: r[STEPS] for k, r in runs[arm].items() if k[0] == dropout}
-        found = [scores for scores in found.values() if STEPS]
+        found = list(found.values())
         if not found:
             continue
         best = [best_guidance(scores) for scores in found]
@@ -162,6 +172,51 @@ def difference_table(runs, dropout):
             columns += [(name_of(4.5, 5), "lenient"), (name_of(4.5, 5), "broken")]
             rows.append([f"{one} - {other}", *(difference(first, second, *column, rng) for column in columns)])
     return table(["difference", "score", "strict", "broken", "score, 5 steps", "broken, 5 steps"], rows)
+
+
+def read_gaps(folder, dropout):
+    """What `measure_exposure_bias.py` wrote for the groups of main arms: a `dict` a base and seed."""
+    return [json.loads(path.read_text()) for path in sorted(folder.glob(f"gap-dropout{dropout:g}-*.json"))]
+
+
+def gap_table(gaps):
+    """A row an arm: changes of its log errors from the base's, mean and standard deviation over bases and seeds."""
+    rows = []
+    for arm in MAIN_ARMS:
+        slug, row = Run(arm, 0, 0, 0).slug, [arm]
+        for k in gaps[0]["arguments"]["num_own_steps"]:
+            records = [r for gap in gaps for r in gap["summary"] if (r["model"], r["num_own_steps"]) == (slug, k)]
+            row += [spread([r[f"{key}_change"] for r in records], "+.3f") for key in ("ideal", "own", "gap")]
+        rows.append(row)
+    steps = [f"{k} step{'s' if k > 1 else ''}" for k in gaps[0]["arguments"]["num_own_steps"]]
+    return table(["arm", *(f"{key}, {s}" for s in steps for key in ("ideal", "own", "gap"))], rows)
+
+
+def draw_gap(gaps, path):
+    """Own over ideal error against sigma, the base and the main arms, mean over bases and seeds; noise is left."""
+    from matplotlib import pyplot as plt
+
+    own_steps = gaps[0]["arguments"]["num_own_steps"]
+    figure, axes = plt.subplots(2, len(own_steps), figsize=(6 * len(own_steps), 8), layout="constrained", sharex=True)
+    for column, k in zip(axes.T, own_steps, strict=True):
+        for arm in ["base", *MAIN_ARMS]:
+            slug = arm if arm == "base" else Run(arm, 0, 0, 0).slug
+            records = [[r for r in gap["levels"] if (r["model"], r["num_own_steps"]) == (slug, k)] for gap in gaps]
+            curves = [[(r["sigma"], r["ratio"], r["own"]) for r in levels] for levels in records]
+            sigma, ratio, own = np.mean(curves, axis=0).T
+            style = {"color": "grey", "ls": ":"} if arm == "base" else {}
+            column[0].plot(sigma, ratio, marker="o", ms=4, label=arm, **style)
+            column[1].plot(sigma, own, marker="o", ms=4, **style)
+        column[0].set(
+            title=f"after {k} own step{'s' if k > 1 else ''}", ylabel="own error / ideal error", yscale="log"
+        )
+        column[1].set(xlabel="sigma (1 is noise)", ylabel="own error", yscale="log")
+        for axis in column:
+            axis.grid(alpha=0.3, which="both")
+        column[1].invert_xaxis()
+    axes[0, 0].legend(fontsize=8)
+    figure.savefig(path, dpi=90)
+    plt.close(figure)
 
 
 def draw_scores(runs, bases, path):
@@ -252,6 +307,8 @@ def main():
             print(f"Caption dropout {dropout:g}, {MAIN_SETTING}\n\n{main_table(runs, bases, dropout)}\n")
             print(f"Paired differences, caption dropout {dropout:g}\n\n{difference_table(runs, dropout)}\n")
             print(f"Score by task, caption dropout {dropout:g}\n\n{task_table(runs, bases, dropout)}\n")
+        if gaps := read_gaps(args.results, dropout):
+            print(f"Changes of log errors from the base's, caption dropout {dropout:g}\n\n{gap_table(gaps)}\n")
     if not args.no_pictures:
         import matplotlib
 
@@ -259,6 +316,8 @@ def main():
         draw_scores(runs, bases, args.results / "scores.png")
         draw_steps(runs, bases, args.results / "steps.png")
         draw_samples(args.results, args.results / "samples.png")
+        if gaps := read_gaps(args.results, DROPOUTS[1]):
+            draw_gap(gaps, args.results / "gap.png")
 
 
 if __name__ == "__main__":

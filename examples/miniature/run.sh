@@ -22,4 +22,4 @@ full) results=examples/miniature/results ;;
 esac
 .venv/bin/python examples/miniature/experiment.py "$1" ${WORKERS:+--workers "$WORKERS"}
 .venv/bin/python examples/miniature/report.py "$results"
-echo "Pictures: $results/scores.png, steps.png, samples.png"
+echo "Pictures: $results/scores.png, steps.png, gap.png, samples.png"

@@ -5,9 +5,9 @@ A world of coloured shapes on a grid of four cells, with prompts after GenEval's
     python examples/miniature/world.py outputs/miniature/world
 
 writes `noisy/` (20,000 scenes: clutter, blur, JPEG, unasked objects, a fifth of the captions from other scenes; what a
-base model learns from), `curated/` (2,000 clean scenes; what post-training learns from), `validation.jsonl` and
-`test.jsonl` (prompts; choices are made on the first, results are from the second). Some pairs of shape and colour are
-in no picture's caption before the test.
+base model learns from), `curated/` (2,000 clean scenes; what post-training learns from), `unseen/` (256 clean scenes
+of test prompts, to measure errors on), `validation.jsonl` and `test.jsonl` (prompts; choices are made on the first,
+results are from the second). Some pairs of shape and colour are in no caption before the test.
 """
 
 import argparse
@@ -252,13 +252,13 @@ def score(prompt, things, broken):
 # The sets
 
 
-def write_pictures(folder, count, seed, noisy):
-    """An image folder for `--train_data_dir`: `count` scenes of prompts of the training split."""
-    rng = random.Random(f"{seed} {noisy}")
+def write_pictures(folder, count, seed, noisy, part="train"):
+    """An image folder for `--train_data_dir`: `count` scenes of prompts of a split."""
+    rng = random.Random(f"{seed} {noisy}" if part == "train" else f"{seed} {part}")
     folder.mkdir(parents=True)
     captions = []
     for i in tqdm(range(count), desc=f"Drawing {folder.name}", unit="scene"):
-        prompt = rng.choice(split(rng.choice(TASKS))["train"])
+        prompt = rng.choice(split(rng.choice(TASKS))[part])
         things = realise(prompt, rng)
         if noisy:  # now and then something that nobody asked for
             free = [cell for cell in CELLS if cell not in [thing.cell for thing in things]]
@@ -308,6 +308,7 @@ def main():
     shutil.rmtree(partial, ignore_errors=True)
     write_pictures(partial / "noisy", args.noisy, args.seed, noisy=True)
     write_pictures(partial / "curated", args.curated, args.seed, noisy=False)
+    write_pictures(partial / "unseen", 256, args.seed, noisy=False, part="test")
     write_prompts(partial / "validation.jsonl", "validation", 30)
     write_prompts(partial / "test.jsonl", "test", 100)
     partial.rename(args.output_dir)
