@@ -170,8 +170,8 @@ def measure_gap(out, results, dropout, base, seed):
         runs = [Run(arm, dropout, base, seed) for arm in MAIN_ARMS]
         models = [f"base={out / f'base_{base}'}", *(f"{run.slug}={out / 'runs' / run.name}" for run in runs)]
         flags = f"""--pretrained_model_name_or_path {out}/base_{base} --train_data_dir {out}/world/unseen
-            --resolution {SIZE} --max_sequence_length {PROMPT_TOKENS} --num_samples 256 --mixed_precision no
-            --output_dir {out}/gap/{name} --models""".split()
+            --resolution {SIZE} --max_sequence_length {PROMPT_TOKENS} --num_samples 256 --batch_size 64
+            --mixed_precision no --output_dir {out}/gap/{name} --models""".split()
         call(out / "logs" / f"{name}.log", ROOT / "examples" / "measure_exposure_bias.py", *flags, *models)
         shutil.copy(out / "gap" / name / "exposure_bias.json", results / f"{name}.json")
 
