@@ -43,6 +43,23 @@ WORDS = """
     one two three four left right above below between next top bottom
 """
 
+SMALL_CLIP = [
+    {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_attention_heads": 2,
+        "hidden_act": "quick_gelu",
+        "num_hidden_layers": 2,
+    },
+    {
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_attention_heads": 4,
+        "hidden_act": "gelu",
+        "num_hidden_layers": 2,
+    },
+]
+
 SIZES = {
     "tiny": {
         "clip": [
@@ -75,22 +92,7 @@ SIZES = {
         },
     },
     "small": {
-        "clip": [
-            {
-                "hidden_size": 32,
-                "intermediate_size": 64,
-                "num_attention_heads": 2,
-                "hidden_act": "quick_gelu",
-                "num_hidden_layers": 2,
-            },
-            {
-                "hidden_size": 64,
-                "intermediate_size": 128,
-                "num_attention_heads": 4,
-                "hidden_act": "gelu",
-                "num_hidden_layers": 2,
-            },
-        ],
+        "clip": SMALL_CLIP,
         "clip_length": 12,
         "t5": {"d_model": 128, "d_kv": 32, "d_ff": 256, "num_heads": 4, "num_layers": 2},
         # One group: smaller ones would subtract the colour of a flat background.
@@ -106,22 +108,7 @@ SIZES = {
         },
     },
     "mini": {
-        "clip": [
-            {
-                "hidden_size": 32,
-                "intermediate_size": 64,
-                "num_attention_heads": 2,
-                "hidden_act": "quick_gelu",
-                "num_hidden_layers": 2,
-            },
-            {
-                "hidden_size": 64,
-                "intermediate_size": 128,
-                "num_attention_heads": 4,
-                "hidden_act": "gelu",
-                "num_hidden_layers": 2,
-            },
-        ],
+        "clip": SMALL_CLIP,
         "clip_length": 12,
         "t5": {"d_model": 96, "d_kv": 32, "d_ff": 192, "num_heads": 3, "num_layers": 2},
         "vae": {"block_out_channels": (8, 16, 32), "layers_per_block": 1, "norm_num_groups": 1, "sample_size": 32},

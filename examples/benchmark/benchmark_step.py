@@ -116,7 +116,7 @@ class Configuration:
         self.training_losses = self.script.training_losses
         if method == "reference":
             for flag in ("--num_rollout_paths", "--sigma_upper_ratio", "--aux_batch_size", "--cfg_scale_sampling"):
-                if flag in flags:
+                if flag in [word.split("=")[0] for word in flags]:
                     raise SystemExit(f"error: {text!r}: the reference step does not know {flag}")
             self.training_losses = importlib.import_module("reference_step").training_losses
         required = ["--pretrained_model_name_or_path", self.folder, "--train_data_dir", os.path.dirname(__file__)]
