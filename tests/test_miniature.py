@@ -15,6 +15,7 @@ import pytest
 import torch
 from conftest import ROOT
 from PIL import Image
+from safetensors.torch import save_file
 
 import soar_utils
 
@@ -109,6 +110,53 @@ def test_splits_do_not_share_prompts(world):
     assert len(world.HELD_OUT) == 6
 
 
+def test_words_are_read(world):
+    """Real OCR reads true pictures; other words and an empty page score by chance, noisy pictures in between."""
+    words = importlib.import_module("words")
+    chosen = words.split()["test"][:60]
+    assert [words.read(words.draw(word)) for word in chosen] == chosen
+    others = words.outcomes(chosen, [words.draw(word) for word in chosen[1:] + chosen[:1]])["letters"]
+    assert np.mean([int(c) for c in others]) < 0.8  # of three
+    assert words.outcomes(["BUG"], [Image.new("RGB", (32, 32), world.PAPER)]) == {"letters": "0"}
+    rng = random.Random(0)
+    noisy = words.outcomes(chosen, [words.draw(word, rng) for word in chosen])["letters"]
+    assert 1.5 < np.mean([int(c) for c in noisy]) < 3
+
+
+@pytest.mark.parametrize(
+    ("text", "right"),
+    [("BUG", 3), ("b u g", 3), ("BUGS", 3), ("BUS", 2), ("UG", 2), ("GUB", 1), ("", 0)],
+)
+def test_letters_right(text, right):
+    assert importlib.import_module("words").letters_right("BUG", text) == right
+
+
+def test_words_do_not_share():
+    """Every word is in one split; captions spell the word."""
+    words = importlib.import_module("words")
+    parts = words.split()
+    assert sum(map(len, parts.values())) == len(set().union(*parts.values())) == 18 * 4 * 18
+    image, caption = words.make_word(random.Random(0), noisy=False)
+    spelled = caption.removeprefix("picture of ").replace(" ", "").upper()
+    assert spelled in parts["train"] and words.read(image) == spelled
+
+
+def test_checkpoints_are_scored_by_their_average(tmp_path):
+    """`ema.safetensors` has the averaged weights in the order of the parameters."""
+    evaluate = importlib.import_module("evaluate")
+    base = tmp_path / "base"
+    make = [sys.executable, ROOT / "examples" / "make_tiny_sd3.py", base, "--size", "mini"]
+    subprocess.run(make, check=True)
+    whole = evaluate.load_pipeline(base, None).transformer
+    checkpoint = tmp_path / "checkpoint-1"
+    whole.save_pretrained(checkpoint / "transformer")
+    average = {str(i): parameter + i for i, parameter in enumerate(whole.parameters())}
+    save_file(average, checkpoint / "ema.safetensors")
+    loaded = evaluate.load_pipeline(base, checkpoint).transformer
+    for i, parameter in enumerate(loaded.parameters()):
+        assert torch.equal(parameter, average[str(i)])
+
+
 def test_frechet_distance_and_diversity(world):
     """Known values for Gaussians, nothing between a set and itself, and blur and collapse are seen."""
     evaluate = importlib.import_module("evaluate")
@@ -168,7 +216,7 @@ def test_from_scenes_to_the_table(tmp_path):
     experiment = importlib.import_module("experiment")
     out, results = tmp_path / "out", tmp_path / "results"
     subprocess.run([sys.executable, HERE / "world.py", out / "world", "--noisy", "64", "--curated", "64"], check=True)
-    make = [sys.executable, ROOT / "examples" / "make_tiny_sd3.py", out / "raw", "--size", "mini"]
+    make = [sys.executable, ROOT / "examples" / "make_tiny_sd3.py", out / "raw_world", "--size", "mini"]
     subprocess.run(make, check=True)
     for part in ("test", "validation"):  # two pictures a task, of one prompt where it comes twice
         file = out / "world" / f"{part}.jsonl"

@@ -6,8 +6,8 @@ Score a run of the experiment: draw the prompts at several guidances and numbers
         --world outputs/miniature/world --output sft.json
 
 Writes a JSON with an outcome of every picture, so that runs can be compared prompt by prompt, and per setting the
-Frechet distance to true pictures of the same prompts and the diversity among pictures of one prompt. Two pictures of
-each task, from the same noise for every run, are kept beside it as a PNG.
+Frechet distance to true pictures of the same prompts and the diversity among pictures of one prompt. Twelve pictures,
+as many of each task, from the same noise for every run, are kept beside it as a PNG.
 """
 
 import argparse
@@ -19,10 +19,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import words
 import world
 from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 from diffusers.utils import make_image_grid
-from experiment import GUIDANCES, MAIN, SETTINGS, name_of
+from experiment import CHECKPOINT_SETTINGS, GUIDANCES, MAIN, SETTINGS, name_of
+from safetensors.torch import load_file
 from tqdm.auto import tqdm
 
 
@@ -34,6 +36,11 @@ def load_pipeline(base, run, device="cpu"):
     pipeline = StableDiffusion3Pipeline.from_pretrained(base, use_safetensors=True)
     if run is not None and (run / "transformer").is_dir():
         pipeline.transformer = SD3Transformer2DModel.from_pretrained(run, subfolder="transformer")
+        if (run / "ema.safetensors").exists():  # a checkpoint keeps the average apart
+            average = load_file(run / "ema.safetensors")
+            for i, parameter in enumerate(pipeline.transformer.parameters()):
+                parameter.data.copy_(average.pop(str(i)))
+            assert not average
     elif run is not None:
         pipeline.load_lora_weights(run, weight_name="pytorch_lora_weights.safetensors")
     pipeline.set_progress_bar_config(disable=True)
@@ -104,61 +111,58 @@ def diversity(found, records):
     return torch.stack([torch.pdist(stack).square().mean() for stack in stacks]).mean().item()
 
 
-def measure(pipeline, prompts, records, truth, embeds, guidance, steps):
+def measure(source, pipeline, prompts, records, truth, embeds, guidance, steps):
     """
-    Draw the prompts in one setting.
+    Draw the prompts of `source`, the module `world` or `words`, in one setting.
 
     Returns:
         `tuple[dict, list[PIL.Image.Image]]`: the outcomes, a character a picture, and what is measured on all of them
         together; and the pictures.
     """
     images = sample(pipeline, records, embeds, guidance, steps)
-    found = [world.detect(image) for image in images]
-    scores = [world.score(prompt, *seen) for prompt, seen in zip(prompts, found, strict=True)]
-    drawn = features(images)
-    return {
-        "lenient": "".join(str(int(lenient)) for lenient, _ in scores),
-        "strict": "".join(str(int(strict)) for _, strict in scores),
-        "broken": "".join(str(int(broken > 0)) for _, broken in found),
-        "frechet": frechet_distance(drawn, features(truth)),
-        "diversity": diversity(drawn, records) / diversity(features(truth), records),
-    }, images
+    drawn, true = features(images), features(truth)
+    measured = source.outcomes(prompts, images) | {"frechet": frechet_distance(drawn, true)}
+    if source is world:  # a word has one true picture
+        measured["diversity"] = diversity(drawn, records) / diversity(true, records)
+    return measured, images
 
 
 def main():
     parser = argparse.ArgumentParser(description="Score a run of the experiment.")
     parser.add_argument("--base", type=Path, required=True, help="Pipeline that the run began from.")
     parser.add_argument("--run", type=Path, help="Its --output_dir. Default: the base itself.")
-    parser.add_argument("--world", type=Path, required=True, help="Folder of world.py.")
+    parser.add_argument("--world", type=Path, required=True, help="Folder of world.py, or of words.py.")
+    parser.add_argument("--words", action="store_true", help="It is the one of words.py.")
     parser.add_argument("--output", type=Path, required=True, help="JSON file to write.")
-    parser.add_argument("--main_only", action="store_true", help="One setting, the test prompts alone.")
+    parser.add_argument("--checkpoint", action="store_true", help="--run is a checkpoint: fewer pictures.")
     args = parser.parse_args()
+    source = words if args.words else world
     pipeline = load_pipeline(args.base, args.run)
     result = {"test": {}, "validation": {}}
-    parts = {"test": {MAIN: SETTINGS[MAIN]} if args.main_only else SETTINGS}
-    parts["validation"] = {} if args.main_only else GUIDANCES
+    parts = {"test": CHECKPOINT_SETTINGS} if args.checkpoint else {"test": SETTINGS, "validation": GUIDANCES}
     for part, settings in parts.items():
-        prompts, records = world.read_prompts(args.world / f"{part}.jsonl")
+        prompts, records = source.read_prompts(args.world / f"{part}.jsonl")
         embeds = encode(pipeline, sorted({"", *(record["prompt"] for record in records)}))
         rng = random.Random(f"truth {part}")
-        truth = [world.draw(world.realise(prompt, rng)) for prompt in prompts]
-        of_task = len(records) // len(world.TASKS)
+        truth = [source.draw_truth(prompt, rng) for prompt in prompts]
+        of_task = len(records) // len(source.TASKS)
         for (guidance, steps), count in tqdm(settings.items(), desc=f"Drawing {part}", unit="setting"):
-            count = min(count, of_task)
-            chosen = [task * of_task + i for task in range(len(world.TASKS)) for i in range(count)]
+            count = min(source.TIMES * count, of_task)
+            chosen = [task * of_task + i for task in range(len(source.TASKS)) for i in range(count)]
             these = [[items[i] for i in chosen] for items in (prompts, records, truth)]
-            measured, images = measure(pipeline, *these, embeds, guidance, steps)
+            measured, images = measure(source, pipeline, *these, embeds, guidance, steps)
             result[part][name_of(guidance, steps)] = measured
             if (part, guidance, steps) == ("test", *MAIN):
-                shown = [images[task * count + i] for task in range(len(world.TASKS)) for i in range(2)]
+                each = min(12 // len(source.TASKS), count)
+                shown = [images[task * count + i] for task in range(len(source.TASKS)) for i in range(each)]
     args.output.parent.mkdir(parents=True, exist_ok=True)
-    if not args.main_only:
+    if not args.checkpoint:
         make_image_grid(shown, rows=1, cols=len(shown)).save(args.output.with_suffix(".png"))
     partial = args.output.with_suffix(".partial")
     partial.write_text(json.dumps(result, indent=1) + "\n")
     os.replace(partial, args.output)
-    main_setting = result["test"][name_of(*MAIN)]
-    print({key: np.mean([int(c) for c in main_setting[key]]).round(3) for key in ("lenient", "strict", "broken")})
+    scores = result["test"][name_of(*MAIN)]
+    print({key: np.mean([int(c) for c in value]).round(3) for key, value in scores.items() if isinstance(value, str)})
 
 
 if __name__ == "__main__":

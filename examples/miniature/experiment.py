@@ -31,7 +31,7 @@ SFT, SOAR, LORA = "train_sd3_sft.py", "train_sd3_soar.py", "train_sd3_soar_lora.
 # An arm: its script, what differs from the script's defaults, and the control that it goes through, if any.
 MAIN_ARMS = {
     "SFT": (SFT, "", None),
-    "SFT x 7": (SFT, "--train_batch_size 112", None),  # as many supervised states as SOAR
+    "SFT x 7": (SFT, "--train_batch_size 56", None),  # as many supervised states as SOAR
     "true state": (SOAR, "", "true_state"),
     "SOAR K=40": (SOAR, "", None),
     "SOAR K=10": (SOAR, "--num_sampling_steps 10", None),
@@ -50,20 +50,23 @@ ARMS = MAIN_ARMS | OTHER_ARMS
 DROPOUTS = (0.0, 0.1)
 CHECKPOINTS = (250, 500)  # scored, too, for the main arms, besides the end
 STEPS, BASE_STEPS = 1000, 6000  # of post-training, of the base
+# Of post-training. Without the average of the weights, the last step's noise is as large as the arms' differences.
+COMMON = "--train_batch_size 8 --learning_rate 3e-4 --use_ema --ema_decay 0.99"
 gap_lock = threading.Lock()
 
 # What a run is scored at: guidance and number of sampling steps.
 MAIN = (4.5, 20)  # guidance, steps
 # Prompts a task in each setting: all of them where the main results are.
-SETTINGS = {MAIN: 100, (4.5, 5): 100, (1.0, 20): 50, (2.0, 20): 50, (7.0, 20): 50, (4.5, 10): 50, (4.5, 40): 50}
-GUIDANCES = dict.fromkeys([(1.0, 20), (2.0, 20), MAIN, (7.0, 20)], 30)  # of the validation, to choose from
+SETTINGS = {MAIN: 100, (4.5, 5): 100, (1.0, 20): 50, (2.0, 20): 50, (7.0, 20): 50, (4.5, 10): 25, (4.5, 40): 25}
+CHECKPOINT_SETTINGS = {MAIN: 50}
+GUIDANCES = dict.fromkeys([(1.0, 20), (2.0, 20), MAIN, (7.0, 20)], 20)  # of the validation, to choose from
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
     arm: str
     dropout: float
-    base: int
+    base: int | str  # "words" is the base of words.py's world
     seed: int
 
     @property
@@ -83,20 +86,18 @@ def plan(size):
     """The runs, the most telling first, so that what an unfinished experiment has is balanced."""
     if size == "quick":
         return [Run(arm, 0.1, 0, 0) for arm in MAIN_ARMS]
-    main = [
-        Run(arm, dropout, base, seed)
-        for seed in range(3)
-        for base in range(2)
-        for dropout in reversed(DROPOUTS)
-        for arm in MAIN_ARMS
-    ]
-    others = [Run(arm, dropout, 0, seed) for seed in range(3) for dropout in reversed(DROPOUTS) for arm in OTHER_ARMS]
-    return main + others
+    runs = []
+    for dropout in reversed(DROPOUTS):
+        runs += [Run(arm, dropout, base, seed) for seed in range(3) for base in range(2) for arm in MAIN_ARMS]
+        if dropout:
+            runs += [Run(arm, dropout, "words", seed) for seed in range(3) for arm in MAIN_ARMS]
+        runs += [Run(arm, dropout, 0, seed) for seed in range(3) for arm in OTHER_ARMS]
+    return runs
 
 
-def call(log, *command):
-    """Run a Python script in a process with one thread; its output goes to `log`."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+def call(log, *command, threads=1):
+    """Run a Python script in a process of its own; its output goes to `log`."""
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
     log.parent.mkdir(parents=True, exist_ok=True)
     with open(log, "a") as file:
         command = [sys.executable, *map(str, command)]
@@ -112,17 +113,23 @@ def training_flags(out, pipeline, data, run_dir, seed, dropout, steps):
         --report_to tensorboard --resume_from_checkpoint latest""".split()
 
 
-def make_base(out, number, steps):
-    """A base model: a transformer trained on the noisy pictures by seed `number`; VAE and encoders are the same."""
-    base = out / f"base_{number}"
+def world_of(base):
+    """The folder of the pictures and prompts of a base and its runs."""
+    return "words" if base == "words" else "world"
+
+
+def make_base(out, name, steps, threads=1):
+    """A base model: a transformer trained on the noisy pictures. Numbered ones differ in seed; "words" knows words."""
+    base = out / f"base_{name}"
     if base.exists():
         return
-    raw, run_dir = out / "raw", out / f"base_{number}_run"
-    flags = training_flags(out, raw, out / "world" / "noisy", run_dir, number, 0.1, steps)
+    seed = 0 if name == "words" else name
+    raw, run_dir = out / f"raw_{world_of(name)}", out / f"base_{name}_run"
+    flags = training_flags(out, raw, out / world_of(name) / "noisy", run_dir, seed, 0.1, steps)
     flags += "--train_batch_size 32 --learning_rate 2e-3 --lr_scheduler cosine --lr_warmup_steps 100".split()
     flags += "--checkpointing_steps 1000 --checkpoints_total_limit 1".split()
-    call(out / "logs" / f"base_{number}.log", SFT, *flags)
-    partial = out / f"base_{number}.partial"
+    call(out / "logs" / f"base_{name}.log", SFT, *flags, threads=threads)
+    partial = out / f"base_{name}.partial"
     shutil.rmtree(partial, ignore_errors=True)
     shutil.copytree(raw, partial)
     shutil.rmtree(partial / "transformer")
@@ -130,16 +137,17 @@ def make_base(out, number, steps):
     partial.rename(base)
 
 
-def make_raw(out):
-    """The pictures, and the toy pipeline with its VAE trained on them."""
-    log = out / "logs" / "raw.log"
-    if not (out / "world").exists():
-        call(log, HERE / "world.py", out / "world")
-    if not (out / "raw").exists():
-        shutil.rmtree(out / "raw_untrained", ignore_errors=True)
-        call(log, ROOT / "examples" / "make_tiny_sd3.py", out / "raw_untrained", "--size", "mini")
-        call(log, ROOT / "examples" / "train_vae.py", out / "raw_untrained", *(out / "world").glob("*/"))
-        (out / "raw_untrained").rename(out / "raw")
+def make_raw(out, world):
+    """The pictures of a world, and the toy pipeline with its VAE trained on them."""
+    raw, log = out / f"raw_{world}", out / "logs" / f"raw_{world}.log"
+    if not (out / world).exists():
+        call(log, HERE / f"{world}.py", out / world)
+    if not raw.exists():
+        untrained = out / f"raw_{world}.untrained"
+        shutil.rmtree(untrained, ignore_errors=True)
+        call(log, ROOT / "examples" / "make_tiny_sd3.py", untrained, "--size", "mini")
+        call(log, ROOT / "examples" / "train_vae.py", untrained, *sorted((out / world).glob("*/")))
+        untrained.rename(raw)
 
 
 def train(out, run, steps):
@@ -147,9 +155,11 @@ def train(out, run, steps):
     run_dir, (script, differences, control) = out / "runs" / run.name, ARMS[run.arm]
     if (run_dir / "training_args.json").exists():
         return run_dir
-    base, data = out / f"base_{run.base}", out / "world" / "curated"
+    base, data = out / f"base_{run.base}", out / world_of(run.base) / "curated"
     flags = training_flags(out, base, data, run_dir, 100 + run.seed, run.dropout, steps)
-    flags += f"--train_batch_size 16 --learning_rate 3e-4 --checkpointing_steps {CHECKPOINTS[0]} {differences}".split()
+    flags += f"{COMMON} --checkpointing_steps {CHECKPOINTS[0]} {differences}".split()
+    if script != SFT:
+        flags += ["--aux_batch_size", "48"]  # all auxiliary states at once, which is faster and changes nothing else
     command = [script, *flags] if control is None else [HERE / "train_control.py", control, script, *flags]
     call(out / "logs" / f"{run.name}.log", *command)
     return run_dir
@@ -160,7 +170,8 @@ def score(out, results, base, run_dir, name, *flags):
     file = results / f"{name}.json"
     if not file.exists():
         flags = [*flags, *(["--run", run_dir] if run_dir else []), "--base", out / f"base_{base}"]
-        call(out / "logs" / f"{name}.log", HERE / "evaluate.py", *flags, "--world", out / "world", "--output", file)
+        flags += ["--world", out / world_of(base), *(["--words"] if base == "words" else [])]
+        call(out / "logs" / f"{name}.log", HERE / "evaluate.py", *flags, "--output", file)
 
 
 def measure_gap(out, results, dropout, base, seed):
@@ -170,7 +181,7 @@ def measure_gap(out, results, dropout, base, seed):
         runs = [Run(arm, dropout, base, seed) for arm in MAIN_ARMS]
         models = [f"base={out / f'base_{base}'}", *(f"{run.slug}={out / 'runs' / run.name}" for run in runs)]
         flags = f"""--pretrained_model_name_or_path {out}/base_{base} --train_data_dir {out}/world/unseen
-            --resolution {SIZE} --max_sequence_length {PROMPT_TOKENS} --num_samples 256 --batch_size 64
+            --resolution {SIZE} --max_sequence_length {PROMPT_TOKENS} --num_samples 128 --batch_size 64
             --mixed_precision no --output_dir {out}/gap/{name} --models""".split()
         call(out / "logs" / f"{name}.log", ROOT / "examples" / "measure_exposure_bias.py", *flags, *models)
         shutil.copy(out / "gap" / name / "exposure_bias.json", results / f"{name}.json")
@@ -182,11 +193,12 @@ def do(out, results, run, steps):
     score(out, results, run.base, run_dir, run.name)
     if run.arm in MAIN_ARMS:
         for step in CHECKPOINTS:
-            score(out, results, run.base, run_dir / f"checkpoint-{step}", f"{run.name}-step{step}", "--main_only")
+            score(out, results, run.base, run_dir / f"checkpoint-{step}", f"{run.name}-step{step}", "--checkpoint")
     for checkpoint in run_dir.glob("checkpoint-*"):  # most of the disk, and needed no more
         shutil.rmtree(checkpoint)
     with gap_lock:
-        if all((results / f"{dataclasses.replace(run, arm=arm).name}.json").exists() for arm in MAIN_ARMS):
+        group = [results / f"{dataclasses.replace(run, arm=arm).name}.json" for arm in MAIN_ARMS]
+        if run.base != "words" and all(path.exists() for path in group):
             measure_gap(out, results, run.dropout, run.base, run.seed)
 
 
@@ -205,23 +217,28 @@ def main():
     out = given[0] or Path("outputs", "miniature_quick" if quick else "miniature")
     results = given[1] or (out / "results" if quick else HERE / "results")
     runs = plan(args.size)
-    make_raw(out)
+    locks = {run.base: threading.Lock() for run in runs}  # a run waits for its base
+    for world in dict.fromkeys(map(world_of, locks)):
+        make_raw(out, world)
+    failed = threading.Event()
+
+    def work(item):
+        if not failed.is_set():  # one that failed ends all; what runs is finished first
+            try:
+                is_run = isinstance(item, Run)
+                base = item.base if is_run else item
+                with locks[base]:
+                    make_base(out, base, args.base_steps, threads=max(1, args.workers // len(locks)))
+                    score(out, results, base, None, f"base{base}")
+                if is_run:
+                    do(out, results, item, args.steps)
+            except BaseException:
+                failed.set()
+                raise
+
+    items = [*locks, *runs]
     with ThreadPoolExecutor(args.workers) as pool:
-        bases = sorted({run.base for run in runs})
-        list(tqdm(pool.map(lambda base: make_base(out, base, args.base_steps), bases), "Bases", len(bases)))
-        for base in bases:
-            score(out, results, base, None, f"base{base}")
-        failed = threading.Event()
-
-        def work(run):
-            if not failed.is_set():  # one that failed ends all; what runs is finished first
-                try:
-                    do(out, results, run, args.steps)
-                except BaseException:
-                    failed.set()
-                    raise
-
-        list(tqdm(pool.map(work, runs), "Runs", len(runs)))
+        list(tqdm(pool.map(work, items), "Bases and runs", len(items)))
 
 
 if __name__ == "__main__":

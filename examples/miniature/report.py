@@ -4,8 +4,8 @@ Tables and pictures from the scores of the experiment's runs, and from nothing e
 
     python examples/miniature/report.py examples/miniature/results
 
-Prints Markdown; writes scores.png, steps.png, gap.png and samples.png beside the results. Intervals are 95 % bootstrap
-intervals: pairs of runs (same base, same seed) and prompts within their tasks are drawn again together.
+Prints Markdown; writes scores.png, steps.png, gap.png, samples.png and words.png beside the results. Intervals are
+95 % bootstrap intervals: pairs of runs (same base, same seed) and prompts within their tasks are drawn again together.
 """
 
 import argparse
@@ -22,16 +22,18 @@ from experiment import (
     GUIDANCES,
     MAIN,
     MAIN_ARMS,
+    OTHER_ARMS,
     SETTINGS,
     STEPS,
     Run,
     name_of,
+    world_of,
 )
 from world import TASKS
 
 
 MAIN_SETTING = name_of(*MAIN)
-# Forwards of the model per optimizer step and sample of a batch of 16: 3 a state with gradient, 1 without.
+# Forwards of the model per optimizer step and sample: 3 a state with gradient (LoRA: 2), 1 without.
 FORWARDS = {
     "SFT": 3,
     "SFT x 7": 21,
@@ -50,17 +52,20 @@ PAIRS = [
     ("SOAR K=10", "SFT x 7"),
     ("SOAR K=10", "true state"),
     ("SOAR K=10", "SOAR K=40"),
+    ("sigma mixture", "SFT"),
+    *((arm, "SOAR K=40") for arm in OTHER_ARMS if arm != "sigma mixture"),
 ]
 
 
-def read(folder):
-    """The scores of all runs: `dict[arm, dict[(dropout, base, seed), dict]]`, and of the bases."""
+def read(folder, world):
+    """The scores of a world's runs: `dict[arm, dict[(dropout, base, seed), dict[step, dict]]]`, and of its bases."""
     names = {
         Run(arm, dropout, base, seed).name: (arm, dropout, base, seed)
         for arm in ARMS
         for dropout in DROPOUTS
-        for base in range(9)
+        for base in (*range(9), "words")
         for seed in range(9)
+        if world_of(base) == world
     }
     runs, bases = defaultdict(dict), {}
     for path in sorted(folder.glob("*.json")):
@@ -68,14 +73,21 @@ def read(folder):
         if stem in names:
             arm, *key = names[stem]
             runs[arm].setdefault(tuple(key), {})[int(step or STEPS)] = json.loads(path.read_text())
-        elif match := re.fullmatch(r"base(\d+)", stem):
-            bases[int(match[1])] = json.loads(path.read_text())
+        elif (match := re.fullmatch(r"base(\d+|words)", stem)) and world_of(match[1]) == world:
+            bases[match[1]] = json.loads(path.read_text())
     return runs, bases
 
 
 def outcomes(scores, setting, key, part="test"):
-    """The outcomes of a run in a setting: an array of `(tasks, prompts)`, 0 or 1."""
-    return np.array([int(c) for c in scores[part][setting][key]], dtype=float).reshape(len(TASKS), -1)
+    """
+    The outcomes of a run in a setting: an array of `(tasks, prompts)`, 0 or 1; of words `(1, prompts)`, where
+    "letters" is the part of a word's three that is right, and "word" whether all are.
+    """
+    results = scores[part][setting]
+    if "letters" in results:
+        right = np.array([[int(c) for c in results["letters"]]])
+        return right / 3 if key == "letters" else (right == 3).astype(float)
+    return np.array([int(c) for c in results[key]], dtype=float).reshape(len(TASKS), -1)
 
 
 def table(header, rows):
@@ -89,47 +101,34 @@ def spread(values, form=".3f"):
     return text if len(values) == 1 else f"{text} ± {np.std(values, ddof=1):{form.strip('+')}}"
 
 
-def best_guidance(scores):
-    """The setting with the best mean score on the validation prompts."""
-    return max((name_of(*s) for s in GUIDANCES), key=lambda s: outcomes(scores, s, "lenient", "validation").mean())
+def at_best_guidance(runs, key):
+    """The mean scores of runs, each at the guidance that is best for it on the validation prompts, and which it is."""
+    settings = [name_of(*setting) for setting in GUIDANCES]
+    best = [max(settings, key=lambda s: outcomes(scores, s, key, "validation").mean()) for scores in runs]
+    values = [outcomes(scores, setting, key).mean() for scores, setting in zip(runs, best, strict=True)]
+    chosen = sorted({setting.split(",")[0].removeprefix("guidance ") for setting in best}, key=float)
+    return f"{spread(values)} ({', '.join(chosen)})"
 
 
 def main_table(runs, bases, dropout):
     """A row an arm: everything in the main setting, and the score with five steps and at the best guidance."""
-    header = [
-        "arm",
-        "runs",
-        "score",
-        "strict",
-        "broken",
-        "Frechet",
-        "diversity",
-        "5 steps",
-        "best guidance",
-        "forwards",
-    ]
+    keys, totals = {"score": "lenient", "strict": "strict", "broken": "broken"}, ("frechet", "diversity")
+    if any("letters" in base["test"][MAIN_SETTING] for base in bases.values()):
+        keys, totals = {"letters": "letters", "words": "word"}, ("frechet",)
+    first = next(iter(keys))
+    header = ["arm", "runs", *keys, *totals, f"{first}, 5 steps", f"{first}, best guidance", "forwards"]
     rows = []
     for arm in ["base", *ARMS]:
         found = bases if arm == "base" else {k[1:]: r[STEPS] for k, r in runs[arm].items() if k[0] == dropout}
         found = list(found.values())
         if not found:
             continue
-        best = [best_guidance(scores) for scores in found]
-        chosen = sorted({setting.split(",")[0].removeprefix("guidance ") for setting in best})
-        best_scores = [
-            outcomes(scores, setting, "lenient").mean() for scores, setting in zip(found, best, strict=True)
-        ]
-        rows.append(
-            [arm, str(len(found))]
-            + [
-                spread([outcomes(s, MAIN_SETTING, key).mean() for s in found])
-                for key in ("lenient", "strict", "broken")
-            ]
-            + [spread([s["test"][MAIN_SETTING][key] for s in found]) for key in ("frechet", "diversity")]
-            + [spread([outcomes(s, name_of(4.5, 5), "lenient").mean() for s in found])]
-            + [f"{spread(best_scores)} ({', '.join(chosen)})"]
-            + ["0" if arm == "base" else str(FORWARDS.get(arm, 22))]
-        )
+        row = [arm, str(len(found))]
+        row += [spread([outcomes(scores, MAIN_SETTING, key).mean() for scores in found]) for key in keys.values()]
+        row += [spread([scores["test"][MAIN_SETTING][key] for scores in found]) for key in totals]
+        row += [spread([outcomes(scores, name_of(4.5, 5), keys[first]).mean() for scores in found])]
+        row += [at_best_guidance(found, keys[first]), "0" if arm == "base" else str(FORWARDS.get(arm, 22))]
+        rows.append(row)
     return table(header, rows)
 
 
@@ -162,16 +161,30 @@ def difference(one, other, setting, key, rng, draws=2000):
     return f"{mean:+.3f} [{low:+.3f}, {high:+.3f}], {same} of {runs}"
 
 
-def difference_table(runs, dropout):
+SHAPE_COLUMNS = {
+    "score": (MAIN, "lenient"),
+    "strict": (MAIN, "strict"),
+    "broken": (MAIN, "broken"),
+    "score, 5 steps": ((4.5, 5), "lenient"),
+    "broken, 5 steps": ((4.5, 5), "broken"),
+}
+WORD_COLUMNS = {
+    "letters": (MAIN, "letters"),
+    "words": (MAIN, "word"),
+    "letters, 5 steps": ((4.5, 5), "letters"),
+    "words, 5 steps": ((4.5, 5), "word"),
+}
+
+
+def difference_table(runs, dropout, columns=SHAPE_COLUMNS):
     """A row a pair of arms; in how many runs the difference has the sign of the mean."""
     rng, rows = np.random.default_rng(0), []
     for one, other in PAIRS:
         first, second = ({k[1:]: r[STEPS] for k, r in runs[arm].items() if k[0] == dropout} for arm in (one, other))
         if first.keys() & second.keys():
-            columns = [(MAIN_SETTING, "lenient"), (MAIN_SETTING, "strict"), (MAIN_SETTING, "broken")]
-            columns += [(name_of(4.5, 5), "lenient"), (name_of(4.5, 5), "broken")]
-            rows.append([f"{one} - {other}", *(difference(first, second, *column, rng) for column in columns)])
-    return table(["difference", "score", "strict", "broken", "score, 5 steps", "broken, 5 steps"], rows)
+            differences = [difference(first, second, name_of(*s), key, rng) for s, key in columns.values()]
+            rows.append([f"{one} - {other}", *differences])
+    return table(["difference", *columns], rows)
 
 
 def read_gaps(folder, dropout):
@@ -264,7 +277,7 @@ def draw_steps(runs, bases, path):
             values = [[outcomes(r[step], MAIN_SETTING, "lenient").mean() for step in steps] for r in found.values()]
             start = np.mean([outcomes(s, MAIN_SETTING, "lenient").mean() for s in bases.values()])
             means, errors = np.mean(values, 0), np.std(values, 0) / max(len(values) - 1, 1) ** 0.5
-            for axis, factor in zip(axes, (1, 16 * FORWARDS.get(arm, 22) / 1000), strict=True):
+            for axis, factor in zip(axes, (1, 8 * FORWARDS.get(arm, 22) / 1000), strict=True):
                 places = [0, *(step * factor for step in steps)]
                 axis.errorbar(places, [start, *means], [0, *errors], label=arm, marker="o", ms=4, capsize=2)
     axes[0].set(xlabel="optimizer steps", ylabel="score", title=f"caption dropout {DROPOUTS[1]:g}")
@@ -276,20 +289,20 @@ def draw_steps(runs, bases, path):
     plt.close(figure)
 
 
-def draw_samples(folder, path):
-    """The same prompts from the same noise through all arms."""
+def draw_samples(folder, path, base, title):
+    """The same prompts from the same noise through all arms on a base."""
     from matplotlib import pyplot as plt
     from PIL import Image
 
-    rows = {"base": folder / "base0.png"}
-    rows |= {arm: folder / f"{Run(arm, DROPOUTS[1], 0, 0).name}.png" for arm in ARMS}
+    rows = {"base": folder / f"base{base}.png"}
+    rows |= {arm: folder / f"{Run(arm, DROPOUTS[1], base, 0).name}.png" for arm in ARMS}
     rows = {name: Image.open(file) for name, file in rows.items() if file.exists()}
     figure, axes = plt.subplots(len(rows), 1, figsize=(12, 1.02 * len(rows)), layout="constrained", squeeze=False)
     for (name, strip), (axis,) in zip(rows.items(), axes, strict=True):
         axis.imshow(strip, interpolation="nearest")
         axis.set(xticks=[], yticks=[])
         axis.set_ylabel(name, rotation=0, ha="right", va="center", fontsize=9)
-    axes[0, 0].set_title("   ".join(task.replace("_", " ") for task in TASKS) + "   (two each)", fontsize=9)
+    axes[0, 0].set_title(title, fontsize=9)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
@@ -299,7 +312,8 @@ def main():
     parser.add_argument("results", type=Path, help="Folder of the runs' scores.")
     parser.add_argument("--no_pictures", action="store_true")
     args = parser.parse_args()
-    runs, bases = read(args.results)
+    runs, bases = read(args.results, "world")
+    word_runs, word_bases = read(args.results, "words")
     if not bases:
         parser.error(f"{args.results} holds no scores: run examples/miniature/run.sh first")
     for dropout in reversed(DROPOUTS):
@@ -309,13 +323,19 @@ def main():
             print(f"Score by task, caption dropout {dropout:g}\n\n{task_table(runs, bases, dropout)}\n")
         if gaps := read_gaps(args.results, dropout):
             print(f"Changes of log errors from the base's, caption dropout {dropout:g}\n\n{gap_table(gaps)}\n")
+    if word_bases:
+        print(f"Words, caption dropout 0.1, {MAIN_SETTING}\n\n{main_table(word_runs, word_bases, DROPOUTS[1])}\n")
+        print(f"Paired differences of words\n\n{difference_table(word_runs, DROPOUTS[1], WORD_COLUMNS)}\n")
     if not args.no_pictures:
         import matplotlib
 
         matplotlib.use("Agg")
         draw_scores(runs, bases, args.results / "scores.png")
         draw_steps(runs, bases, args.results / "steps.png")
-        draw_samples(args.results, args.results / "samples.png")
+        tasks = "     ".join(task.replace("_", " ") for task in TASKS)
+        draw_samples(args.results, args.results / "samples.png", 0, f"{tasks}     (two each)")
+        if word_bases:
+            draw_samples(args.results, args.results / "words.png", "words", "words of the test")
         if gaps := read_gaps(args.results, DROPOUTS[1]):
             draw_gap(gaps, args.results / "gap.png")
 

@@ -11,7 +11,7 @@ set -euo pipefail
 cd "$(dirname "$0")/../.."
 [ -x .venv/bin/pip ] || python3 -m venv --clear .venv
 .venv/bin/pip install --quiet --disable-pip-version-check \
-    -r requirements.txt -r examples/requirements.txt -c tests/constraints.txt
+    -r requirements.txt -r examples/miniature/requirements.txt -c tests/constraints.txt
 case ${1:-} in
 quick) results=outputs/miniature_quick/results ;;
 full) results=examples/miniature/results ;;

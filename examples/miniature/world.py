@@ -11,6 +11,7 @@ results are from the second). Some pairs of shape and colour are in no caption b
 """
 
 import argparse
+import functools
 import io
 import itertools
 import json
@@ -18,7 +19,6 @@ import random
 import shutil
 import sys
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +31,7 @@ from draw_scenes import COLORS, SHAPES  # noqa: E402
 
 
 TASKS = ("single_object", "two_object", "counting", "colors", "position", "color_attribution")
+TIMES = 1  # `words.py` has three times as many prompts a task
 SIZE, CELL, RADIUS = 32, 16, 6.5  # pixels
 SUPERSAMPLING = 4
 PAPER = (250, 247, 240)
@@ -92,7 +93,7 @@ def all_prompts(task):
     return [Prompt(task, (a, b)) for a, b in pairs if a.shape != b.shape and a.color != b.color]
 
 
-@cache
+@functools.cache
 def split(task):
     """
     The prompts of a task for training, validation and test. Where a task has few, all three have all of them: there
@@ -139,6 +140,30 @@ def draw(things, rng=None):
     Returns:
         `PIL.Image.Image` of 32 x 32 pixels.
     """
+
+    def paint(pen, spread):
+        for thing in things:
+            row, column = thing.cell
+            x, y = (column + 0.5) * CELL + spread(2), (row + 0.5) * CELL + spread(2)
+            radius = RADIUS * (1 + spread(0.2))
+            outline = [
+                ((x + radius * a) * SUPERSAMPLING, (y + radius * b) * SUPERSAMPLING) for a, b in SHAPES[thing.shape]
+            ]
+            pen.polygon(outline, tuple(round(channel + spread(40)) for channel in COLORS[thing.color]))
+
+    return draw_on_paper(paint, rng)
+
+
+def draw_truth(prompt, rng):
+    """A true picture of a prompt."""
+    return draw(realise(prompt, rng))
+
+
+def draw_on_paper(paint, rng=None):
+    """
+    A picture by `paint(pen, spread)`, where `spread(width)` is a random offset: 0 without `rng`, and with it up to
+    `width` either way. `rng` also adds lines, blur and JPEG's traces.
+    """
     side, mess = SIZE * SUPERSAMPLING, rng.random() if rng else 0.0  # some noisy pictures are nearly clean
 
     def spread(width):
@@ -149,14 +174,7 @@ def draw(things, rng=None):
     for _ in range(round(abs(spread(4)))):
         ends = [(rng.uniform(0, side), rng.uniform(0, side)) for _ in range(2)]
         pen.line(ends, tuple(rng.randint(30, 250) for _ in range(3)), width=rng.randint(2, 8))
-    for thing in things:
-        row, column = thing.cell
-        x, y = (column + 0.5) * CELL + spread(2), (row + 0.5) * CELL + spread(2)
-        radius = RADIUS * (1 + spread(0.2))
-        outline = [
-            ((x + radius * a) * SUPERSAMPLING, (y + radius * b) * SUPERSAMPLING) for a, b in SHAPES[thing.shape]
-        ]
-        pen.polygon(outline, tuple(round(channel + spread(40)) for channel in COLORS[thing.color]))
+    paint(pen, spread)
     image = image.resize((SIZE, SIZE), Image.Resampling.BOX)
     if rng:
         image = image.filter(ImageFilter.GaussianBlur(0.7 * mess))
@@ -169,7 +187,7 @@ def draw(things, rng=None):
 # The detector
 
 
-@cache
+@functools.cache
 def templates():
     """Masks of the shapes in a cell, moved by up to two pixels each way: `(shapes, moves, CELL, CELL)`, in [0, 1]."""
     masks = []
@@ -252,20 +270,26 @@ def score(prompt, things, broken):
 # The sets
 
 
-def write_pictures(folder, count, seed, noisy, part="train"):
-    """An image folder for `--train_data_dir`: `count` scenes of prompts of a split."""
-    rng = random.Random(f"{seed} {noisy}" if part == "train" else f"{seed} {part}")
+def make_scene(rng, noisy, part="train"):
+    """A scene of a random prompt of a split: `tuple[PIL.Image.Image, str]`, the picture and its caption."""
+    prompt = rng.choice(split(rng.choice(TASKS))[part])
+    things = realise(prompt, rng)
+    if noisy:  # now and then something that nobody asked for
+        free = [cell for cell in CELLS if cell not in [thing.cell for thing in things]]
+        extra = rng.sample(free, sum(rng.random() < 0.15 for _ in free))
+        things += [Thing(rng.choice(list(SHAPES)), rng.choice(list(COLORS)), cell) for cell in extra]
+    return draw(things, rng if noisy else None), prompt.text
+
+
+def write_pictures(folder, count, make, rng, noisy):
+    """An image folder for `--train_data_dir`: `count` pictures by `make(rng, noisy)`; of noisy ones a part has the
+    caption of another."""
     folder.mkdir(parents=True)
     captions = []
-    for i in tqdm(range(count), desc=f"Drawing {folder.name}", unit="scene"):
-        prompt = rng.choice(split(rng.choice(TASKS))[part])
-        things = realise(prompt, rng)
-        if noisy:  # now and then something that nobody asked for
-            free = [cell for cell in CELLS if cell not in [thing.cell for thing in things]]
-            extra = rng.sample(free, sum(rng.random() < 0.15 for _ in free))
-            things += [Thing(rng.choice(list(SHAPES)), rng.choice(list(COLORS)), cell) for cell in extra]
-        draw(things, rng if noisy else None).save(folder / f"{i:05d}.png")
-        captions.append(prompt.text)
+    for i in tqdm(range(count), desc=f"Drawing {folder.name}", unit="picture"):
+        image, caption = make(rng, noisy)
+        image.save(folder / f"{i:05d}.png")
+        captions.append(caption)
     if noisy:
         wrong = rng.sample(range(count), round(WRONG_CAPTIONS * count))
         for i, j in zip(wrong, wrong[1:] + wrong[:1], strict=True):
@@ -290,12 +314,23 @@ def write_prompts(path, part, count):
 
 
 def read_prompts(path):
-    """The `Prompt`s of a file of [`write_prompts`], and its records."""
+    """The prompts of a file of [`write_prompts`], and its records: `tuple[list[Prompt], list[dict]]`."""
     records = [json.loads(line) for line in path.read_text().splitlines()]
     return [Prompt(r["task"], tuple(Thing(*thing) for thing in r["things"]), r["relation"]) for r in records], records
 
 
-def main():
+def outcomes(prompts, images):
+    """What is kept of a picture, a character each: whether it fits, leniently and strictly; whether it is broken."""
+    found = [detect(image) for image in images]
+    scores = [score(prompt, *seen) for prompt, seen in zip(prompts, found, strict=True)]
+    return {
+        "lenient": "".join(str(int(lenient)) for lenient, _ in scores),
+        "strict": "".join(str(int(strict)) for _, strict in scores),
+        "broken": "".join(str(int(broken > 0)) for _, broken in found),
+    }
+
+
+def main(make=make_scene, write_prompts=write_prompts):
     parser = argparse.ArgumentParser(description="Draw the pictures and write the prompts of the experiment.")
     parser.add_argument("output_dir", type=Path)
     parser.add_argument("--noisy", type=int, default=20_000, help="Pictures for the base model.")
@@ -306,9 +341,10 @@ def main():
         parser.error(f"{args.output_dir} exists: choose another folder, or remove it")
     partial = args.output_dir.with_name(args.output_dir.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
-    write_pictures(partial / "noisy", args.noisy, args.seed, noisy=True)
-    write_pictures(partial / "curated", args.curated, args.seed, noisy=False)
-    write_pictures(partial / "unseen", 256, args.seed, noisy=False, part="test")
+    write_pictures(partial / "noisy", args.noisy, make, random.Random(f"{args.seed} True"), noisy=True)
+    write_pictures(partial / "curated", args.curated, make, random.Random(f"{args.seed} False"), noisy=False)
+    unseen = functools.partial(make, part="test")
+    write_pictures(partial / "unseen", 256, unseen, random.Random(f"{args.seed} test"), noisy=False)
     write_prompts(partial / "validation.jsonl", "validation", 30)
     write_prompts(partial / "test.jsonl", "test", 100)
     partial.rename(args.output_dir)
