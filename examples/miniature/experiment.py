@@ -49,7 +49,8 @@ OTHER_ARMS = {
 ARMS = MAIN_ARMS | OTHER_ARMS
 DROPOUTS = (0.0, 0.1)
 CHECKPOINTS = (250, 500)  # scored, too, for the main arms, besides the end
-STEPS, BASE_STEPS = 1000, 6000  # of post-training, of the base
+STEPS, BASE_STEPS = 1000, 6000  # of post-training, of a base
+WORDS_BASE_PART = 1 / 4  # of those steps is enough to learn words half, which leaves room for what follows
 # Of post-training. Without the average of the weights, the last step's noise is as large as the arms' differences.
 COMMON = "--train_batch_size 8 --learning_rate 3e-4 --use_ema --ema_decay 0.99"
 gap_lock = threading.Lock()
@@ -228,7 +229,8 @@ def main():
                 is_run = isinstance(item, Run)
                 base = item.base if is_run else item
                 with locks[base]:
-                    make_base(out, base, args.base_steps, threads=max(1, args.workers // len(locks)))
+                    base_steps = round(args.base_steps * (WORDS_BASE_PART if base == "words" else 1))
+                    make_base(out, base, base_steps, threads=max(1, args.workers // len(locks)))
                     score(out, results, base, None, f"base{base}")
                 if is_run:
                     do(out, results, item, args.steps)

@@ -1,0 +1,144 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+Write a data set of any of the training scripts' formats as an image folder, or as the JSONL of SOAR's authors.
+
+    python examples/evaluation/convert_jsonl.py --train_data_dir photos --to jsonl --resolution 512 --output_dir out
+    python examples/evaluation/convert_jsonl.py --jsonl_path data.jsonl --image_dir images --output_dir out
+
+`jsonl` writes `data.jsonl`, for `--jsonl_path`, and `images/`, for `--image_dir`: each image is named by its MD5, and
+`bh` and `bw` are the size to train at, the nearest of the buckets. `image_folder` writes `images/` and
+`metadata.jsonl`, for `--train_data_dir`. Images are hard links where they are files, as the scripts follow no link
+that leads out of the folder; --copy copies them.
+"""
+
+import argparse
+import hashlib
+import io
+import json
+import os
+import shutil
+from pathlib import Path
+
+from diffusers.training_utils import find_nearest_bucket, generate_aspect_ratio_buckets, parse_buckets_string
+from PIL import Image
+from score_images import add_data_arguments, check_data_arguments, read_data, script
+from tqdm.auto import tqdm
+
+
+JSONL_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")  # what the scripts look for
+
+
+def add_output_arguments(parser):
+    output = parser.add_argument_group("output")
+    add = output.add_argument
+    add("--output_dir", type=Path, required=True, help="Folder to write, which must not exist.")
+    add("--to", choices=["image_folder", "jsonl"], default="image_folder", help="Format. Default: image_folder.")
+    add("--copy", action="store_true", help="Copy the images; hard links need the same file system.")
+    add("--resolution", type=script.at_least(16), default=512, help="Of `bh` and `bw`, as in the training scripts.")
+    add("--use_aspect_ratio_buckets", action="store_true", help="Several shapes of about --resolution^2.")
+    add("--aspect_ratio_buckets", help='The shapes, as "height,width;height,width".')
+
+
+def check_output_arguments(parser, args):
+    """Refuse an output folder that exists; put the sizes to choose from, (height, width), into `args.buckets`."""
+    if args.output_dir.exists():
+        parser.error(f"--output_dir {args.output_dir} exists: choose another folder, or remove it")
+    args.buckets = [(args.resolution, args.resolution)]
+    if args.aspect_ratio_buckets:
+        try:
+            args.buckets = parse_buckets_string(args.aspect_ratio_buckets)
+        except ValueError as error:
+            parser.error(f"--aspect_ratio_buckets: {error}")
+    elif args.use_aspect_ratio_buckets:
+        args.buckets = generate_aspect_ratio_buckets(args.resolution)
+    if any(side % 16 for bucket in args.buckets for side in bucket):
+        parser.error("--resolution and every side of --aspect_ratio_buckets must be divisible by 16")
+
+
+def place(image, path, copy):
+    """Put the file of an image (`dict` with `path` or `bytes`) at `path`: a hard link, unless there is no file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if image["bytes"] is not None:
+        path.write_bytes(image["bytes"])
+    elif copy:
+        shutil.copyfile(image["path"], path)
+    else:
+        try:
+            os.link(os.path.realpath(image["path"]), path)
+        except OSError as error:
+            script.fail(f"{image['path']} cannot be linked ({error.strerror}); give --copy")
+
+
+def write_data_set(args, rows, extra=()):
+    """
+    Write the images and captions of `rows` to --output_dir.
+
+    Args:
+        args (`argparse.Namespace`): With [`add_output_arguments`]' flags.
+        rows (`list[dict]`): From [`score_images.read_data`].
+        extra (`list[dict]`, *optional*): Further fields of each row's line.
+
+    Returns:
+        `int`: how many images could not be read; they are left out and named.
+    """
+    partial = args.output_dir.with_name(args.output_dir.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    name = "data.jsonl" if args.to == "jsonl" else "metadata.jsonl"
+    bad = 0
+    with open(partial / name, "w", encoding="utf-8") as file:
+        for row, fields in zip(tqdm(rows, desc="Writing", unit="image"), extra or [{}] * len(rows), strict=True):
+            found = script.inspect_image(row["image"])
+            if "error" in found:
+                print(f"left out: {row['file_name']}: {found['error']}")
+                bad += 1
+                continue
+            line, image = describe(args, row, found["size"])
+            target = partial / "images" / line.pop("target")
+            if not target.exists():  # the same image with two captions
+                place(image, target, args.copy)
+            file.write(json.dumps(line | fields, ensure_ascii=False) + "\n")
+    if bad == len(rows):
+        shutil.rmtree(partial)
+        script.fail("no image could be read")
+    partial.rename(args.output_dir)
+    return bad
+
+
+def describe(args, row, size):
+    """The line of an image of `size` (height, width), with its place under `target`; and the image, maybe as PNG."""
+    image = row["image"]
+    data = Path(image["path"]).read_bytes() if image["bytes"] is None else image["bytes"]
+    with Image.open(io.BytesIO(data)) as opened:
+        suffix = {"JPEG": ".jpg", "PNG": ".png", "WEBP": ".webp"}.get(opened.format)
+        if suffix is None and args.to == "jsonl":
+            buffer = io.BytesIO()
+            opened.convert("RGB").save(buffer, "PNG")
+            data, suffix, image = buffer.getvalue(), ".png", {"bytes": buffer.getvalue(), "path": None}
+    if args.to == "jsonl":
+        height, width = row["height"], row["width"]
+        if not height:
+            height, width = args.buckets[find_nearest_bucket(*size, args.buckets)]
+        md5 = hashlib.md5(data, usedforsecurity=False).hexdigest()
+        return {"target": md5 + suffix, "md5": md5, "caption_en": row["text"], "bw": width, "bh": height}, image
+    target = row["file_name"]
+    if not Path(target).suffix:
+        target += suffix or ".png"
+    return {"target": target, "file_name": f"images/{target}", "text": row["text"]}, image
+
+
+def main(input_args=None):
+    parser = argparse.ArgumentParser(description=__doc__.strip().split("\n")[0], allow_abbrev=False)
+    add_data_arguments(parser)
+    add_output_arguments(parser)
+    args = parser.parse_args(input_args)
+    if not check_data_arguments(parser, args):
+        parser.error("give a data set: --dataset_name, --train_data_dir, or --jsonl_path with --image_dir")
+    check_output_arguments(parser, args)
+    rows = read_data(args)
+    bad = write_data_set(args, rows)
+    print(f"{len(rows) - bad} images in {args.output_dir}, {bad} left out")
+
+
+if __name__ == "__main__":
+    main()

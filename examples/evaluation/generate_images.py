@@ -1,0 +1,244 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+Draw the images of a list of prompts with any text-to-image pipeline, to score and compare them.
+
+    python examples/evaluation/generate_images.py \
+        --pretrained_model_name_or_path stabilityai/stable-diffusion-3.5-medium --transformer sd3-soar \
+        --prompts geneval_metadata.jsonl --images_per_prompt 4 --output_dir runs/soar
+    accelerate launch examples/evaluation/generate_images.py ...   # on all GPUs
+
+Without --transformer and --lora it is the pipeline itself: SD3.5, SD-XL, FLUX.1 or any other. The images start from
+the same noise for every model: a function of --seed, the prompt's place in the list and the image's number. What is
+there and whole is not drawn again, so an interrupted call is simply repeated.
+
+--output_dir becomes an image folder that `--train_data_dir` reads, too:
+
+    images/00012-0.png    prompt 12, image 0
+    metadata.jsonl        a row an image: file_name, text, prompt_index, image_index, seed, and what the prompt's row
+                          had; written last, so it is there when all images are
+    generation.json       with what they were drawn
+"""
+
+import argparse
+import inspect
+import json
+import os
+import sys
+from pathlib import Path
+
+import datasets
+import diffusers
+import torch
+from accelerate import PartialState
+from diffusers import DiffusionPipeline
+from PIL import Image
+from tqdm.auto import tqdm
+
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+import train_sd3_soar as script  # noqa: E402
+
+
+DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def parse_args(input_args=None):
+    parser = argparse.ArgumentParser(description=__doc__.strip().split("\n")[0], allow_abbrev=False)
+    model = parser.add_argument_group("model")
+    add = model.add_argument
+    add("--pretrained_model_name_or_path", required=True, help="Hub id or folder of a text-to-image pipeline.")
+    add("--revision", help="Hub revision of the pipeline.")
+    add("--variant", help="Variant of the weight files, for example fp16.")
+    add("--transformer", help="A full fine-tune: folder or hub id with `transformer/` in it.")
+    add("--lora", help="A LoRA: folder or hub id with `pytorch_lora_weights.safetensors`.")
+    add("--lora_scale", type=script.finite, default=1.0)
+    add("--mixed_precision", choices=list(DTYPES), help="Type of the weights. Default: bf16 on a GPU, else no.")
+    add("--offload", action="store_true", help="For small cards: parts of the pipeline wait in the host's memory.")
+
+    prompts = parser.add_argument_group("prompts (exactly one of --prompts, --dataset_name)")
+    add = prompts.add_argument
+    add("--prompts", type=Path, help=".txt with a prompt a line, or .jsonl with objects, as GenEval's metadata.")
+    add("--dataset_name", help="Hub id or folder for `datasets.load_dataset`, for example sayakpaul/drawbench.")
+    add("--dataset_split", default="train")
+    add("--prompt_column", default="prompt", help="Field of the .jsonl, or column of the data set.")
+    add("--max_prompts", type=script.at_least(1), help="The first N prompts.")
+    add("--images_per_prompt", type=script.at_least(1), default=1)
+
+    sampling = parser.add_argument_group("sampling")
+    add = sampling.add_argument
+    add("--num_inference_steps", type=script.at_least(1), default=40)
+    add("--guidance_scale", type=script.at_least(0, float), default=4.5)
+    add("--resolution", type=script.at_least(16), help="Width and height in pixels. Default: the model's own.")
+    add("--max_sequence_length", type=script.at_least(1), help="T5 tokens. Default: the pipeline's own.")
+    add("--batch_size", type=script.at_least(1), default=4, help="Images at once, on each process.")
+    add("--seed", type=script.at_least(0), default=0)
+    add("--output_dir", type=Path, required=True)
+    args = parser.parse_args(input_args)
+    if (args.prompts is None) == (args.dataset_name is None):
+        parser.error("give exactly one of --prompts and --dataset_name")
+    if args.transformer and args.lora:
+        parser.error("--transformer and --lora: give one; merge the LoRA first to have both")
+    return args
+
+
+def read_prompts(args):
+    """The rows of the prompt list, `list[dict]`, each with its prompt under `text`; a bad line ends the program."""
+    column = args.prompt_column
+    if args.dataset_name:
+        with script.failing_with(f"--dataset_name {args.dataset_name}"):
+            table = datasets.load_dataset(args.dataset_name, split=args.dataset_split)
+        if column not in table.column_names:
+            script.fail(f"--prompt_column {column}: {args.dataset_name} has {', '.join(table.column_names)}")
+        texts = [(f"{args.dataset_name}, row {i}", {column: text}) for i, text in enumerate(table[column])]
+    elif not args.prompts.is_file():
+        script.fail(f"--prompts {args.prompts}: no such file")
+    elif args.prompts.suffix == ".jsonl":
+        texts = list(script.read_json_lines(args.prompts))
+    else:
+        with script.failing_with(f"--prompts {args.prompts} is no text file"):
+            lines = args.prompts.read_text(encoding="utf-8").splitlines()
+        texts = [(f"{args.prompts}, line {n}", {column: line}) for n, line in enumerate(lines, 1) if line.strip()]
+    rows = []
+    for where, row in texts[: args.max_prompts]:
+        if not isinstance(row.get(column), str) or not row[column].strip():
+            script.fail(f"{where}: no text in {column!r}; --prompt_column names the field of the prompt")
+        row = dict(row)
+        rows.append({"text": row.pop(column).strip()} | {key: row[key] for key in row if key != "text"})
+    if not rows:
+        script.fail(f"{args.prompts or args.dataset_name}: no prompts")
+    return rows
+
+
+def plan(args, prompts):
+    """The rows of `metadata.jsonl`: an image each, prompt by prompt."""
+    return [
+        {
+            "file_name": f"images/{index:05d}-{image}.png",
+            "text": row["text"],
+            "prompt_index": index,
+            "image_index": image,
+            "seed": script.derive_seed("image", args.seed, index, image) % 2**63,
+        }
+        | {key: value for key, value in row.items() if key != "text"}
+        for index, row in enumerate(prompts)
+        for image in range(args.images_per_prompt)
+    ]
+
+
+def is_whole(path):
+    """Whether an image is there and can be decoded to its end."""
+    try:
+        with Image.open(path) as image:
+            image.load()
+    except (OSError, SyntaxError):  # PIL's words for missing, cut off, or no image
+        return False
+    return True
+
+
+def check_settings(args, rows):
+    """
+    Begin --output_dir, or make sure that what is in it was drawn in the same way, so that no folder mixes two models.
+    """
+    used = {name: value for name, value in vars(args).items() if name not in ("output_dir", "batch_size", "offload")}
+    used = {name: str(value) if isinstance(value, Path) else value for name, value in used.items()}
+    used["prompts_digest"] = f"{script.derive_seed('prompts', *(row['text'] for row in rows)):016x}"
+    used["diffusers"] = diffusers.__version__
+    path = args.output_dir / "generation.json"
+    if path.exists():
+        with script.failing_with(f"{path} cannot be read"):
+            before = json.loads(path.read_text())
+        if changed := [name for name, value in used.items() if before.get(name) != value]:
+            changed = "; ".join(f"{name} was {before.get(name)!r}, is {used[name]!r}" for name in changed)
+            script.fail(f"{args.output_dir} holds images drawn otherwise: {changed}. Give another --output_dir")
+    elif args.output_dir.exists() and any(args.output_dir.iterdir()):
+        script.fail(f"--output_dir {args.output_dir} holds something else: give another folder")
+    return used
+
+
+def load_pipeline(args, device):
+    """The pipeline, with the full fine-tune or the LoRA in it, on its device."""
+    dtype = DTYPES[args.mixed_precision]
+    source = args.pretrained_model_name_or_path
+    options = {"torch_dtype": dtype, "use_safetensors": True}
+    parts = {}
+    with script.failing_with(f"--pretrained_model_name_or_path {source}"):
+        config = DiffusionPipeline.load_config(source, revision=args.revision)
+    if args.transformer:
+        if "transformer" not in config:
+            script.fail(f"--transformer: {source} has none")
+        with script.failing_with(f"--transformer {args.transformer}"):
+            kind = getattr(diffusers, config["transformer"][1])
+            parts["transformer"] = kind.from_pretrained(args.transformer, subfolder="transformer", **options)
+    with script.failing_with(f"--pretrained_model_name_or_path {source}"):
+        pipeline = DiffusionPipeline.from_pretrained(
+            source, revision=args.revision, variant=args.variant, **options, **parts
+        )
+    if args.lora:
+        with script.failing_with(f"--lora {args.lora}"):
+            pipeline.load_lora_weights(args.lora, weight_name="pytorch_lora_weights.safetensors", adapter_name="lora")
+            pipeline.set_adapters("lora", args.lora_scale)
+    if args.offload:
+        pipeline.enable_model_cpu_offload(device=device)
+    else:
+        pipeline.to(device)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+@torch.no_grad()
+def draw(args, pipeline, rows):
+    """The images of `rows`, each from its own noise, drawn on the CPU so that every device begins with the same."""
+    options = {"height": args.resolution, "width": args.resolution, "max_sequence_length": args.max_sequence_length}
+    accepted = inspect.signature(pipeline.__call__).parameters
+    options = {name: value for name, value in options.items() if value is not None}
+    if unknown := [f"--{name}" for name in options if name not in accepted]:
+        script.fail(f"{type(pipeline).__name__} does not take {', '.join(unknown)}")
+    return pipeline(
+        [row["text"] for row in rows],
+        num_inference_steps=args.num_inference_steps,
+        guidance_scale=args.guidance_scale,
+        generator=[torch.Generator("cpu").manual_seed(row["seed"]) for row in rows],
+        **options,
+    ).images
+
+
+def write_whole(path, write):
+    """Have `write(partial)` write a file beside `path`, then rename it: there is never half a file."""
+    partial = path.with_name(f".partial-{path.name}")
+    write(partial)
+    os.replace(partial, path)
+
+
+def main(args):
+    state = PartialState()
+    diffusers.utils.logging.set_verbosity_error()  # it tells of each long prompt that CLIP cuts it off
+    args.mixed_precision = args.mixed_precision or ("bf16" if state.device.type == "cuda" else "no")
+    rows = plan(args, read_prompts(args))
+    settings = check_settings(args, rows)
+    there = tqdm(rows, desc="Looking what is there", unit="image", disable=not state.is_main_process)
+    missing = [row for row in there if not is_whole(args.output_dir / row["file_name"])]
+    state.wait_for_everyone()  # all processes have looked before one writes
+    if missing:
+        pipeline = load_pipeline(args, state.device)
+    (args.output_dir / "images").mkdir(parents=True, exist_ok=True)
+    if state.is_main_process:
+        print(f"{len(rows)} images, {len(rows) - len(missing)} of them there", flush=True)
+        write_whole(args.output_dir / "generation.json", lambda p: p.write_text(json.dumps(settings, indent=2) + "\n"))
+
+    batches = [missing[start : start + args.batch_size] for start in range(0, len(missing), args.batch_size)]
+    own = batches[state.process_index :: state.num_processes]
+    with tqdm(total=sum(map(len, own)), desc="Drawing", unit="image", disable=not state.is_main_process) as bar:
+        for batch in own:
+            for row, image in zip(batch, draw(args, pipeline, batch), strict=True):
+                write_whole(args.output_dir / row["file_name"], lambda p, image=image: image.save(p, "PNG"))
+            bar.update(len(batch))
+    state.wait_for_everyone()
+    if state.is_main_process:
+        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        write_whole(args.output_dir / "metadata.jsonl", lambda p: p.write_text(lines, encoding="utf-8"))
+        print(f"Drawn: {args.output_dir}")
+    state.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(parse_args())

@@ -1,0 +1,272 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+Score images against their prompts: a folder of generate_images.py, or any data set in the training scripts' formats.
+
+    python examples/evaluation/score_images.py runs/base runs/soar --metrics ocr,geneval,clipscore
+    python examples/evaluation/score_images.py --train_data_dir photos --output_dir photos-scores --metrics aesthetic
+
+One scorer is in memory at a time. Of each metric it says first which hub files it needs and their size; where one
+cannot be had, the others are still scored, and the exit code is 1. Scores are appended to
+
+    scores/METRIC.jsonl   a row an image: file_name, score, and what the metric found
+    scores.json           the means, with 95 % bootstrap intervals over the prompts
+
+in the folder itself (a data set's go to --output_dir), and an image that has its score is not scored again.
+"""
+
+import argparse
+import importlib
+import importlib.util
+import json
+import os
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+import huggingface_hub
+import numpy as np
+import torch
+from tqdm.auto import tqdm
+
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+import train_sd3_soar as script  # noqa: E402
+
+
+# Each metric's module and class here.
+METRICS = {
+    "ocr": ("ocr", "OCR"),
+    "geneval": ("geneval", "GenEval"),
+    "clipscore": ("preference", "CLIPScore"),
+    "pickscore": ("preference", "PickScore"),
+    "aesthetic": ("preference", "Aesthetic"),
+    "hpsv2": ("preference", "HPSv2"),
+    "imagereward": ("preference", "ImageReward"),
+}
+DRAWS = 2000  # of the bootstrap
+
+
+class Unavailable(Exception):
+    """A metric cannot be had: a package or a file is missing, or the prompts do not have what it needs."""
+
+
+def add_data_arguments(parser):
+    """The flags of the training scripts that name a data set."""
+    data = parser.add_argument_group("data set (as in the training scripts)")
+    add = data.add_argument
+    add("--dataset_name", help="Hub id or folder for `datasets.load_dataset`, split `train`.")
+    add("--dataset_config_name", help="Configuration of --dataset_name.")
+    add("--train_data_dir", help="Folder of images with `metadata.jsonl` or `metadata.csv`.")
+    add("--jsonl_path", help='Lines {"md5": ..., "caption_en": ..., "bw": 512, "bh": 512}; images `{md5}.jpg`.')
+    add("--image_dir", help="Folder of the images of --jsonl_path.")
+    add("--image_column", default="image")
+    add("--caption_column", default="text")
+    add("--max_train_samples", type=script.at_least(1), help="Use the first N images.")
+
+
+def check_data_arguments(parser, args):
+    """Refuse what names no data set, or more than one; returns whether there is one."""
+    given = [flag for flag in ("dataset_name", "train_data_dir", "jsonl_path") if getattr(args, flag)]
+    if len(given) > 1 or (args.jsonl_path is None) != (args.image_dir is None):
+        parser.error("give one of --dataset_name, --train_data_dir, and --jsonl_path with --image_dir")
+    for flag in ("train_data_dir", "image_dir", "jsonl_path"):
+        path, is_there = getattr(args, flag), os.path.isfile if flag == "jsonl_path" else os.path.isdir
+        if path is not None and not is_there(path):
+            parser.error(f"--{flag} {path}: no such {'file' if flag == 'jsonl_path' else 'folder'}")
+    return bool(given)
+
+
+def read_run(folder):
+    """The rows of a folder of generate_images.py, `list[dict]`, each with its file under `image`."""
+    path = Path(folder) / "metadata.jsonl"
+    if not path.is_file():
+        script.fail(f"{folder} has no metadata.jsonl: run generate_images.py to its end first")
+    rows = []
+    for where, row in script.read_json_lines(path):
+        if not isinstance(row.get("file_name"), str) or not isinstance(row.get("text"), str):
+            script.fail(f"{where} needs the fields `file_name` and `text`")
+        if not script.is_inside(Path(folder, row["file_name"]), folder):
+            script.fail(f"{where}: {row['file_name']} leads out of {folder}")
+        rows.append(row | {"image": {"path": str(Path(folder, row["file_name"])), "bytes": None}})
+    return rows
+
+
+def read_data(args):
+    """The rows of a data set, `list[dict]`: `file_name`, `text`, `image`, and the `height` and `width` asked for."""
+    rows = []
+    for index, row in enumerate(script.load_images(args)):
+        row["text"] = row.pop("caption") or ""
+        row["file_name"] = name_of(args, index, row["image"])
+        rows.append(row)
+    return rows
+
+
+def name_of(args, index, image):
+    """What a row of a data set is called in its scores: its place in the folder, or its number."""
+    folder = args.train_data_dir or args.image_dir
+    path = (image or {}).get("path")
+    if folder and path:
+        return Path(path).resolve().relative_to(Path(folder).resolve()).as_posix()
+    return f"{index:06d}"
+
+
+def load_scorer(metric, device, rows):
+    """
+    The scorer of a metric, after saying what it downloads.
+
+    Raises:
+        `Unavailable`: With one line that says why, and what to do.
+    """
+    module, name = METRICS[metric]
+    scorer = getattr(importlib.import_module(module), name)
+    for package in scorer.packages:
+        if importlib.util.find_spec(package) is None:
+            raise Unavailable(f"needs the package {package}: pip install -r examples/evaluation/requirements.txt")
+    if hasattr(scorer, "check"):  # whether the prompts have what the metric asks for
+        try:
+            scorer.check(rows)
+        except ValueError as error:
+            raise Unavailable(str(error)) from error
+    for repository, file, gigabytes in scorer.files:
+        cached = isinstance(huggingface_hub.try_to_load_from_cache(repository, file), str)
+        print(f"{metric}: {repository}/{file}, {gigabytes} GB, {'cached' if cached else 'downloads now'}", flush=True)
+    try:
+        return scorer(device)
+    except (OSError, ImportError) as error:  # offline, no such file, no disk left; a package without its parts
+        files = "; ".join(f"hf download {repository} {file}" for repository, file, _ in scorer.files)
+        reason = " ".join(str(error).split())[:300]
+        raise Unavailable(f"cannot be loaded ({reason}); to fetch its files: {files}") from error
+
+
+def read_scores(path):
+    """The rows of a scores file, by file name. A last line that an interruption cut off is dropped from the file."""
+    if not path.exists():
+        return {}
+    data = path.read_bytes()
+    if not data.endswith(b"\n"):
+        path.write_bytes(data[: data.rfind(b"\n") + 1])
+    return {row["file_name"]: row for _, row in script.read_json_lines(path)}
+
+
+def score(scorer, metric, rows, folder, batch_size):
+    """
+    Score the images of `rows` that have no score yet.
+
+    Args:
+        scorer: Of [`load_scorer`].
+        metric (`str`): Its name.
+        rows (`list[dict]`): Of [`read_run`] or [`read_data`].
+        folder (`pathlib.Path`): Where the scores are kept.
+        batch_size (`int`): Images at once.
+
+    Returns:
+        `list[str]`: what is wrong with the images that could not be read. They have no score.
+    """
+    path = folder / "scores" / f"{metric}.jsonl"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    done = read_scores(path)
+    missing = [row for row in rows if row["file_name"] not in done]
+    broken = []
+    with open(path, "a", encoding="utf-8") as file, tqdm(total=len(missing), desc=metric, unit="image") as bar:
+        for start in range(0, len(missing), batch_size):
+            batch, images = [], []
+            for row in missing[start : start + batch_size]:
+                try:
+                    images.append(script.read_image(row["image"])[0])
+                    batch.append(row)
+                except Exception as error:  # a broken file raises whatever its decoder raises; reported, not scored
+                    broken.append(f"{row['file_name']}: {type(error).__name__}: {error}")
+            with torch.no_grad():
+                found = scorer(images, batch) if batch else []
+            for row, result in zip(batch, found, strict=True):
+                file.write(json.dumps({"file_name": row["file_name"]} | result, ensure_ascii=False) + "\n")
+            file.flush()
+            bar.update(min(batch_size, len(missing) - start))
+    return broken
+
+
+def summarise(metric, rows, scores):
+    """
+    The mean over all images and its 95 % bootstrap interval: prompts are drawn again, with all their images. Of
+    GenEval it is the mean of its tasks' means, and the tasks' means are there, too.
+
+    Args:
+        metric (`str`): Its name.
+        rows (`list[dict]`): The images.
+        scores (`dict[str, dict]`): Of [`read_scores`].
+
+    Returns:
+        `dict`: `mean`, `low`, `high`, `images`, and for GenEval `tasks`.
+    """
+    tasks = defaultdict(lambda: defaultdict(list))
+    for row in rows:
+        if row["file_name"] in scores:
+            task = row["tag"] if metric == "geneval" else "all"
+            tasks[task][row["text"]].append(scores[row["file_name"]]["score"])
+    rng = np.random.default_rng(0)
+    means, drawn = {}, []
+    for task, prompts in tasks.items():
+        sums, counts = np.array([(sum(values), len(values)) for values in prompts.values()], dtype=float).T
+        means[task] = float(sums.sum() / counts.sum())
+        chosen = rng.integers(len(sums), size=(DRAWS, len(sums)))
+        drawn.append(sums[chosen].sum(1) / counts[chosen].sum(1))
+    low, high = np.quantile(np.mean(drawn, axis=0), [0.025, 0.975])
+    images = sum(len(values) for prompts in tasks.values() for values in prompts.values())
+    summary = {"mean": float(np.mean(list(means.values()))), "low": float(low), "high": float(high), "images": images}
+    return summary | ({"tasks": means} if metric == "geneval" else {})
+
+
+def write_summary(folder, metric, summary):
+    """Put a metric's summary into `scores.json`, beside those of the others."""
+    path = folder / "scores.json"
+    summaries = json.loads(path.read_text()) if path.exists() else {}
+    partial = path.with_name(".partial-scores.json")
+    partial.write_text(json.dumps(summaries | {metric: summary}, indent=2) + "\n")
+    os.replace(partial, path)
+
+
+def main(input_args=None):
+    parser = argparse.ArgumentParser(description=__doc__.strip().split("\n")[0], allow_abbrev=False)
+    parser.add_argument("runs", nargs="*", type=Path, help="Folders of generate_images.py.")
+    parser.add_argument("--metrics", required=True, help=f"Some of {','.join(METRICS)}.")
+    parser.add_argument("--batch_size", type=script.at_least(1), default=16, help="Images at once.")
+    parser.add_argument("--output_dir", type=Path, help="Where the scores of a data set go.")
+    add_data_arguments(parser)
+    args = parser.parse_args(input_args)
+    metrics = list(dict.fromkeys(args.metrics.split(",")))
+    if unknown := [metric for metric in metrics if metric not in METRICS]:
+        parser.error(f"--metrics {','.join(unknown)}: choose from {','.join(METRICS)}")
+    if check_data_arguments(parser, args) == bool(args.runs):
+        parser.error("give either folders of generate_images.py or a data set")
+    if bool(args.runs) == bool(args.output_dir):
+        parser.error("--output_dir goes with a data set, and only with one")
+
+    sets = {run: read_run(run) for run in args.runs} or {args.output_dir: read_data(args)}
+    if empty := [str(folder) for folder, rows in sets.items() if not rows]:
+        script.fail(f"{', '.join(empty)}: no images")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    failed, broken = [], []
+    for metric in metrics:
+        try:
+            scorer = load_scorer(metric, device, [row for rows in sets.values() for row in rows])
+            for folder, rows in sets.items():
+                broken += [f"{folder}: {line}" for line in score(scorer, metric, rows, folder, args.batch_size)]
+        except Unavailable as error:
+            failed.append(f"{metric}: {error}")
+            continue
+        for folder, rows in sets.items():
+            scores = read_scores(folder / "scores" / f"{metric}.jsonl")
+            if any(row["file_name"] in scores for row in rows):
+                summary = summarise(metric, rows, scores)
+                write_summary(folder, metric, summary)
+                print("{0}: {1} {mean:.4f} [{low:.4f}, {high:.4f}], {images} images".format(folder, metric, **summary))
+        del scorer  # before the next one is loaded
+    for line in dict.fromkeys(broken):
+        print(f"not scored: {line}", file=sys.stderr)
+    for line in failed:
+        print(f"error: {line}", file=sys.stderr)
+    sys.exit(1 if failed or broken else 0)
+
+
+if __name__ == "__main__":
+    main()
