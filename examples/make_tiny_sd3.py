@@ -122,6 +122,21 @@ SIZES = {
             "attention_head_dim": 32,
         },
     },
+    "large": {
+        "clip": SMALL_CLIP,
+        "clip_length": 12,
+        "t5": {"d_model": 192, "d_kv": 32, "d_ff": 384, "num_heads": 6, "num_layers": 2},
+        "vae": {"block_out_channels": (16, 32, 64), "layers_per_block": 1, "norm_num_groups": 1, "sample_size": 64},
+        # 64 px, 64 image tokens.
+        "transformer": {
+            "sample_size": 16,
+            "pos_embed_max_size": 8,
+            "num_layers": 8,
+            "dual_attention_layers": (0, 1, 2, 3),
+            "num_attention_heads": 5,
+            "attention_head_dim": 64,
+        },
+    },
     "medium": {
         "clip": [
             {
@@ -282,7 +297,7 @@ def save_configs(pipeline, folder):
 def main():
     parser = argparse.ArgumentParser(description="Write a toy Stable Diffusion 3.5 pipeline with random weights.")
     parser.add_argument("output_dir", type=Path, help="Folder to write the pipeline to.")
-    sizes = "tiny: for tests. mini, small: learn on a CPU. medium: SD3.5-Medium's."
+    sizes = "tiny: for tests. mini, small: learn on a CPU; large: on a GPU. medium: SD3.5-Medium's."
     parser.add_argument("--size", choices=list(SIZES), default="tiny", help=sizes)
     parser.add_argument("--configs_only", action="store_true", help="Write no weights.")
     parser.add_argument("--overwrite", action="store_true", help="Replace the pipeline that is in the folder.")

@@ -43,12 +43,13 @@ def scenes(world, part, count, seed=0):
             yield prompt, world.realise(prompt, rng), rng
 
 
-@pytest.mark.parametrize("noise", [0, 12])
-def test_the_truth_scores_one(world, noise):
+@pytest.mark.parametrize(("noise", "size"), [(0, 32), (12, 32), (12, 64)])
+def test_the_truth_scores_one(world, noise, size):
     """Every true picture, with noise of 5 % of the range, is right in every respect."""
     generator = np.random.default_rng(0)
     for prompt, things, _ in scenes(world, "test", 60):
-        pixels = np.asarray(world.draw(things), dtype=float)
+        pixels = np.asarray(world.draw(things, size=size), dtype=float)
+        assert pixels.shape == (size, size, 3)
         image = Image.fromarray((pixels + generator.normal(0, noise, pixels.shape)).clip(0, 255).astype(np.uint8))
         found, broken = world.detect(image)
         assert sorted(map(repr, found)) == sorted(map(repr, things)) and broken == 0

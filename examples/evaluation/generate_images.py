@@ -111,18 +111,18 @@ def read_prompts(args):
 
 def plan(args, prompts):
     """The rows of `metadata.jsonl`: an image each, prompt by prompt."""
-    return [
-        {
-            "file_name": f"images/{index:05d}-{image}.png",
-            "text": row["text"],
-            "prompt_index": index,
-            "image_index": image,
-            "seed": script.derive_seed("image", args.seed, index, image) % 2**63,
-        }
-        | {key: value for key, value in row.items() if key != "text"}
-        for index, row in enumerate(prompts)
-        for image in range(args.images_per_prompt)
-    ]
+    rows = []
+    for index, prompt in enumerate(prompts):
+        for image in range(args.images_per_prompt):
+            row = {
+                "file_name": f"images/{index:05d}-{image}.png",
+                "text": prompt["text"],
+                "prompt_index": index,
+                "image_index": image,
+                "seed": script.derive_seed("image", args.seed, index, image) % 2**63,
+            }
+            rows.append(row | {key: value for key, value in prompt.items() if key not in row})
+    return rows
 
 
 def is_whole(path):
@@ -159,7 +159,7 @@ def load_pipeline(args, device):
     """The pipeline, with the full fine-tune or the LoRA in it, on its device."""
     dtype = DTYPES[args.mixed_precision]
     source = args.pretrained_model_name_or_path
-    options = {"torch_dtype": dtype, "use_safetensors": True}
+    options = {"dtype": dtype, "use_safetensors": True}
     parts = {}
     with script.failing_with(f"--pretrained_model_name_or_path {source}"):
         config = DiffusionPipeline.load_config(source, revision=args.revision)
@@ -209,7 +209,8 @@ def write_whole(path, write):
     os.replace(partial, path)
 
 
-def main(args):
+def main(input_args=None):
+    args = parse_args(input_args)
     state = PartialState()
     diffusers.utils.logging.set_verbosity_error()  # it tells of each long prompt that CLIP cuts it off
     args.mixed_precision = args.mixed_precision or ("bf16" if state.device.type == "cuda" else "no")
@@ -241,4 +242,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    main()

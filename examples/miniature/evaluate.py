@@ -24,6 +24,7 @@ import world
 from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 from diffusers.utils import make_image_grid
 from experiment import CHECKPOINT_SETTINGS, GUIDANCES, MAIN, SETTINGS, name_of
+from PIL import Image
 from safetensors.torch import load_file
 from tqdm.auto import tqdm
 
@@ -31,8 +32,8 @@ from tqdm.auto import tqdm
 BATCH = 100
 
 
-def load_pipeline(base, run, device="cpu"):
-    """The base pipeline with what the run at `run` trained; `None` is the base itself."""
+def load_pipeline(base, run):
+    """The base pipeline, in float32, with what the run at `run` trained; `None` is the base itself."""
     pipeline = StableDiffusion3Pipeline.from_pretrained(base, use_safetensors=True)
     if run is not None and (run / "transformer").is_dir():
         pipeline.transformer = SD3Transformer2DModel.from_pretrained(run, subfolder="transformer")
@@ -44,7 +45,7 @@ def load_pipeline(base, run, device="cpu"):
     elif run is not None:
         pipeline.load_lora_weights(run, weight_name="pytorch_lora_weights.safetensors")
     pipeline.set_progress_bar_config(disable=True)
-    return pipeline.to(device)
+    return pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
 
 
 @torch.no_grad()
@@ -73,8 +74,6 @@ def sample(pipeline, records, embeds, guidance, steps):
             pooled_prompt_embeds=inputs[1],
             negative_prompt_embeds=null[0],
             negative_pooled_prompt_embeds=null[1],
-            height=world.SIZE,
-            width=world.SIZE,
             num_inference_steps=steps,
             guidance_scale=guidance,
             generator=[torch.Generator().manual_seed(r["seed"]) for r in part],
@@ -85,9 +84,8 @@ def sample(pipeline, records, embeds, guidance, steps):
 def features(images):
     """Fixed features, of random convolutions: `(N, 128)`. They see colours, edges and roughly where."""
     generator = torch.Generator().manual_seed(0)
-    pixels = (
-        torch.from_numpy(np.stack([np.asarray(image) for image in images])).permute(0, 3, 1, 2).float() / 127.5 - 1
-    )
+    images = [np.asarray(image.resize((world.SIZE, world.SIZE), Image.Resampling.BOX)) for image in images]
+    pixels = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float() / 127.5 - 1
     for channels in (16, 32):
         weight = torch.randn(channels, pixels.shape[1], 3, 3, generator=generator) / (9 * pixels.shape[1]) ** 0.5
         pixels = torch.relu(torch.nn.functional.conv2d(pixels, weight, stride=2, padding=1))

@@ -4,6 +4,7 @@ Run what is missing of the experiment: the world, the bases, the arms, their sco
 
     python examples/miniature/experiment.py quick
     python examples/miniature/experiment.py full --workers 2
+    python examples/miniature/experiment.py large --workers 8   # the same with a larger model, for a GPU
 
 Each arm is trained by a script of this collection, by its command line, in a process of its own with one thread; an
 interrupted run is resumed from its checkpoint, a finished one is not run again. Scores go to `results/`, one JSON a
@@ -12,6 +13,7 @@ run, all else to `outputs/miniature`.
 
 import argparse
 import dataclasses
+import json
 import os
 import shutil
 import subprocess
@@ -25,7 +27,7 @@ from tqdm.auto import tqdm
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
-SIZE, PROMPT_TOKENS = 32, 12
+PROMPT_TOKENS = 12
 SFT, SOAR, LORA = "train_sd3_sft.py", "train_sd3_soar.py", "train_sd3_soar_lora.py"
 
 # An arm: its script, what differs from the script's defaults, and the control that it goes through, if any.
@@ -107,10 +109,17 @@ def call(log, *command, threads=1):
         raise SystemExit(f"error: {Path(command[1]).name} ended with code {done.returncode}; see {log}")
 
 
+def size_of(pipeline):
+    """Width and height of a pipeline's pictures."""
+    return 4 * json.loads((pipeline / "transformer" / "config.json").read_text())["sample_size"]
+
+
 def training_flags(out, pipeline, data, run_dir, seed, dropout, steps):
+    size = size_of(pipeline)
     return f"""--pretrained_model_name_or_path {pipeline} --train_data_dir {data} --output_dir {run_dir}
-        --cache_dir {out}/cache --cache_prompt_embeds --resolution {SIZE} --max_sequence_length {PROMPT_TOKENS}
-        --cond_dropout_rate {dropout} --max_train_steps {steps} --seed {seed} --mixed_precision no
+        --cache_dir {out}/cache --cache_prompt_embeds --resolution {size} --max_sequence_length {PROMPT_TOKENS}
+        --cond_dropout_rate {dropout} --max_train_steps {steps} --seed {seed}
+        --mixed_precision {"no" if size == 32 else "bf16"}
         --report_to tensorboard --resume_from_checkpoint latest""".split()
 
 
@@ -138,15 +147,15 @@ def make_base(out, name, steps, threads=1):
     partial.rename(base)
 
 
-def make_raw(out, world):
+def make_raw(out, world, model):
     """The pictures of a world, and the toy pipeline with its VAE trained on them."""
     raw, log = out / f"raw_{world}", out / "logs" / f"raw_{world}.log"
-    if not (out / world).exists():
-        call(log, HERE / f"{world}.py", out / world)
     if not raw.exists():
         untrained = out / f"raw_{world}.untrained"
         shutil.rmtree(untrained, ignore_errors=True)
-        call(log, ROOT / "examples" / "make_tiny_sd3.py", untrained, "--size", "mini")
+        call(log, ROOT / "examples" / "make_tiny_sd3.py", untrained, "--size", model)
+        if not (out / world).exists():
+            call(log, HERE / f"{world}.py", out / world, "--size", size_of(untrained))
         call(log, ROOT / "examples" / "train_vae.py", untrained, *sorted((out / world).glob("*/")))
         untrained.rename(raw)
 
@@ -181,8 +190,9 @@ def measure_gap(out, results, dropout, base, seed):
     if not (results / f"{name}.json").exists():
         runs = [Run(arm, dropout, base, seed) for arm in MAIN_ARMS]
         models = [f"base={out / f'base_{base}'}", *(f"{run.slug}={out / 'runs' / run.name}" for run in runs)]
+        size = size_of(out / f"base_{base}")
         flags = f"""--pretrained_model_name_or_path {out}/base_{base} --train_data_dir {out}/world/unseen
-            --resolution {SIZE} --max_sequence_length {PROMPT_TOKENS} --num_samples 128 --batch_size 64
+            --resolution {size} --max_sequence_length {PROMPT_TOKENS} --num_samples 128 --batch_size 64
             --mixed_precision no --output_dir {out}/gap/{name} --models""".split()
         call(out / "logs" / f"{name}.log", ROOT / "examples" / "measure_exposure_bias.py", *flags, *models)
         shutil.copy(out / "gap" / name / "exposure_bias.json", results / f"{name}.json")
@@ -205,22 +215,22 @@ def do(out, results, run, steps):
 
 def main():
     parser = argparse.ArgumentParser(description="Run what is missing of the experiment.")
-    parser.add_argument("size", choices=["quick", "full"])
-    parser.add_argument("--out", type=Path, help="Folder of models and pictures. Default: outputs/miniature[_quick].")
-    parser.add_argument("--results", type=Path, help="Folder of the scores. Default: results/, for quick in --out.")
+    parser.add_argument("size", choices=["quick", "full", "large"])
+    parser.add_argument("--out", type=Path, help="Folder of models and pictures. Default: outputs/miniature[_SIZE].")
+    parser.add_argument("--results", type=Path, help="Folder of the scores. Default: results[_large], or in --out.")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="Processes at once, of one thread each.")
     parser.add_argument("--steps", type=int, default=STEPS, help="Of post-training.")
     parser.add_argument("--base_steps", type=int, default=BASE_STEPS)
     args = parser.parse_args()
-    quick = args.size == "quick"
     given = [path and path.resolve() for path in (args.out, args.results)]
     os.chdir(ROOT)
-    out = given[0] or Path("outputs", "miniature_quick" if quick else "miniature")
-    results = given[1] or (out / "results" if quick else HERE / "results")
+    suffix = "" if args.size == "full" else f"_{args.size}"
+    out = given[0] or Path("outputs", f"miniature{suffix}")
+    results = given[1] or (out / "results" if args.size == "quick" else HERE / f"results{suffix}")
     runs = plan(args.size)
     locks = {run.base: threading.Lock() for run in runs}  # a run waits for its base
     for world in dict.fromkeys(map(world_of, locks)):
-        make_raw(out, world)
+        make_raw(out, world, "large" if args.size == "large" else "mini")
     failed = threading.Event()
 
     def work(item):

@@ -5,6 +5,7 @@
 #
 #     bash examples/miniature/run.sh quick   # one base, one seed, the main arms
 #     bash examples/miniature/run.sh full    # all of it, into examples/miniature/results
+#     bash examples/miniature/run.sh large   # the same with a model of 32 million parameters at 64 px, for a GPU
 #
 # One process a core, with one thread each; WORKERS=4 sets another number.
 set -euo pipefail
@@ -15,8 +16,9 @@ cd "$(dirname "$0")/../.."
 case ${1:-} in
 quick) results=outputs/miniature_quick/results ;;
 full) results=examples/miniature/results ;;
+large) results=examples/miniature/results_large ;;
 *)
-    sed -n '4,10p' "$0"
+    sed -n '4,11p' "$0"
     exit 2
     ;;
 esac

@@ -12,10 +12,16 @@ import functools
 import itertools
 import json
 import random
+import sys
+from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageFont
 from world import SIZE, SUPERSAMPLING, draw_on_paper, main
+
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "evaluation"))
+from ocr import text_score  # noqa: E402
 
 
 TASKS, TIMES = ("word",), 3  # prompts of the one task, times as many as of each of `world.py`
@@ -37,25 +43,25 @@ def caption(word):
     return "picture of " + " ".join(word.lower())
 
 
-def draw(word, rng=None):
-    """A picture of 32 x 32 pixels with `word` in its middle; with `rng` (`random.Random`) a noisy one."""
+def draw(word, rng=None, size=SIZE):
+    """A picture of `size` x `size` pixels with `word` in its middle; with `rng` (`random.Random`) a noisy one."""
 
     def paint(pen, spread):
         font = ImageFont.load_default(FONT_SIZE * SUPERSAMPLING * (1 + spread(0.1)))
         x, y = (SIZE / 2 + spread(2)) * SUPERSAMPLING, (SIZE / 2 + spread(5)) * SUPERSAMPLING
         pen.text((x, y), word, tuple(round(channel + abs(spread(120))) for channel in INK), font, anchor="mm")
 
-    return draw_on_paper(paint, rng)
+    return draw_on_paper(paint, rng, size)
 
 
 def draw_truth(word, _rng):
     return draw(word)
 
 
-def make_word(rng, noisy, part="train"):
+def make_word(rng, noisy, part="train", size=SIZE):
     """A picture of a random word of a split, and its caption."""
     word = rng.choice(split()[part])
-    return draw(word, rng if noisy else None), caption(word)
+    return draw(word, rng if noisy else None, size), caption(word)
 
 
 @functools.cache
@@ -74,23 +80,9 @@ def read(image):
     return "".join(found.txts or [])
 
 
-def edit_distance(one, other):
-    """Levenshtein's distance between two strings."""
-    row = list(range(len(other) + 1))
-    for i, a in enumerate(one, 1):
-        previous, row[0] = row[0], i
-        for j, b in enumerate(other, 1):
-            previous, row[j] = row[j], min(previous + (a != b), row[j] + 1, row[j - 1] + 1)
-    return row[-1]
-
-
 def letters_right(word, text):
-    """
-    The reward of Flow-GRPO (https://github.com/yifan123/flow_grpo), times the number of letters: spaces and case do
-    not count; a text that contains the word is right, any other wrong by its edit distance, up to the word's length.
-    """
-    word, text = word.lower(), text.replace(" ", "").lower()
-    return len(word) if word in text else len(word) - min(edit_distance(word, text), len(word))
+    """How many of a word's three letters are right in a text: Flow-GRPO's OCR reward, times their number."""
+    return round(len(word) * text_score(word, text))
 
 
 def outcomes(words, images):

@@ -129,16 +129,17 @@ def realise(prompt, rng):
     ]
 
 
-def draw(things, rng=None):
+def draw(things, rng=None, size=SIZE):
     """
     A picture of `things`.
 
     Args:
         things (`list[Thing]`): With colours and cells.
         rng (`random.Random`, *optional*): Makes it a noisy picture.
+        size (`int`): Width and height in pixels. The world itself is 32 pixels wide, also in larger pictures.
 
     Returns:
-        `PIL.Image.Image` of 32 x 32 pixels.
+        `PIL.Image.Image`.
     """
 
     def paint(pen, spread):
@@ -151,7 +152,7 @@ def draw(things, rng=None):
             ]
             pen.polygon(outline, tuple(round(channel + spread(40)) for channel in COLORS[thing.color]))
 
-    return draw_on_paper(paint, rng)
+    return draw_on_paper(paint, rng, size)
 
 
 def draw_truth(prompt, rng):
@@ -159,10 +160,10 @@ def draw_truth(prompt, rng):
     return draw(realise(prompt, rng))
 
 
-def draw_on_paper(paint, rng=None):
+def draw_on_paper(paint, rng, size):
     """
-    A picture by `paint(pen, spread)`, where `spread(width)` is a random offset: 0 without `rng`, and with it up to
-    `width` either way. `rng` also adds lines, blur and JPEG's traces.
+    A picture of `size` x `size` pixels by `paint(pen, spread)`, where `spread(width)` is a random offset: 0 without
+    `rng`, and with it up to `width` either way. `rng` also adds lines, blur and JPEG's traces.
     """
     side, mess = SIZE * SUPERSAMPLING, rng.random() if rng else 0.0  # some noisy pictures are nearly clean
 
@@ -175,9 +176,9 @@ def draw_on_paper(paint, rng=None):
         ends = [(rng.uniform(0, side), rng.uniform(0, side)) for _ in range(2)]
         pen.line(ends, tuple(rng.randint(30, 250) for _ in range(3)), width=rng.randint(2, 8))
     paint(pen, spread)
-    image = image.resize((SIZE, SIZE), Image.Resampling.BOX)
+    image = image.resize((size, size), Image.Resampling.BOX)
     if rng:
-        image = image.filter(ImageFilter.GaussianBlur(0.7 * mess))
+        image = image.filter(ImageFilter.GaussianBlur(0.7 * mess * size / SIZE))
         jpeg = io.BytesIO()
         image.save(jpeg, "JPEG", quality=round(90 - 60 * mess))
         image = Image.open(jpeg).convert("RGB")
@@ -213,12 +214,13 @@ def detect(image):
     What is in each cell: the template, of all shapes, colours and small moves, with the least squared error.
 
     Args:
-        image (`PIL.Image.Image`): 32 x 32 pixels.
+        image (`PIL.Image.Image`): 32 x 32 pixels; a larger one is reduced.
 
     Returns:
         `tuple[list[Thing], int]`: the things, and the number of cells that are neither paper nor any thing.
     """
-    pixels = np.asarray(image.convert("RGB"), dtype=np.float32) / 255
+    image = image.convert("RGB").resize((SIZE, SIZE), Image.Resampling.BOX)
+    pixels = np.asarray(image, dtype=np.float32) / 255
     paper = np.array(PAPER, dtype=np.float32) / 255
     colors = np.array(list(COLORS.values()), dtype=np.float32) / 255
     masks = templates()
@@ -270,7 +272,7 @@ def score(prompt, things, broken):
 # The sets
 
 
-def make_scene(rng, noisy, part="train"):
+def make_scene(rng, noisy, part="train", size=SIZE):
     """A scene of a random prompt of a split: `tuple[PIL.Image.Image, str]`, the picture and its caption."""
     prompt = rng.choice(split(rng.choice(TASKS))[part])
     things = realise(prompt, rng)
@@ -278,7 +280,7 @@ def make_scene(rng, noisy, part="train"):
         free = [cell for cell in CELLS if cell not in [thing.cell for thing in things]]
         extra = rng.sample(free, sum(rng.random() < 0.15 for _ in free))
         things += [Thing(rng.choice(list(SHAPES)), rng.choice(list(COLORS)), cell) for cell in extra]
-    return draw(things, rng if noisy else None), prompt.text
+    return draw(things, rng if noisy else None, size), prompt.text
 
 
 def write_pictures(folder, count, make, rng, noisy):
@@ -335,8 +337,10 @@ def main(make=make_scene, write_prompts=write_prompts):
     parser.add_argument("output_dir", type=Path)
     parser.add_argument("--noisy", type=int, default=20_000, help="Pictures for the base model.")
     parser.add_argument("--curated", type=int, default=2_000, help="Pictures for post-training.")
+    parser.add_argument("--size", type=int, default=SIZE, help="Width and height in pixels.")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
+    make = functools.partial(make, size=args.size)
     if args.output_dir.exists():
         parser.error(f"{args.output_dir} exists: choose another folder, or remove it")
     partial = args.output_dir.with_name(args.output_dir.name + ".partial")

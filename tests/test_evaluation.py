@@ -1,0 +1,344 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The evaluation's commands from prompts to scores, interrupted and on bad input; data sets converted and filtered."""
+
+import hashlib
+import importlib
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from conftest import ROOT
+from PIL import Image, ImageDraw, ImageFont
+
+import train_sd3_soar
+
+
+HERE = ROOT / "examples" / "evaluation"
+PROMPTS = ROOT.parent / "shared" / "data"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def path():
+    sys.path.insert(0, str(HERE))
+    yield
+    sys.path.remove(str(HERE))
+
+
+@pytest.fixture
+def call(capfd):
+    """Run a script in this process by its command line; returns what it said, its last word included."""
+
+    def run_script(script, *arguments, expect=0):
+        module = importlib.import_module(script)
+        try:
+            code = module.main(list(map(str, arguments))) or 0
+        except SystemExit as error:
+            code = error.code
+        output = "".join(capfd.readouterr()) + (code if isinstance(code, str) else "")
+        assert (1 if isinstance(code, str) else code or 0) == expect, output
+        return output
+
+    return run_script
+
+
+def complaint(output):
+    """The one line of an error."""
+    (line,) = [line for line in output.splitlines() if "error: " in line]
+    return line
+
+
+def written(text, side=256):
+    """A picture of a text."""
+    image = Image.new("RGB", (side, side), (240, 235, 220))
+    font = ImageFont.load_default(side // 8)
+    ImageDraw.Draw(image).text((side // 2, side // 2), text, (20, 20, 60), font, anchor="mm")
+    return image
+
+
+@pytest.fixture
+def run_folder(tmp_path):
+    """A folder as generate_images.py writes it: pictures of one word each, the third another than asked."""
+    folder = tmp_path / "run"
+    (folder / "images").mkdir(parents=True)
+    words = {"BREAD": "BREAD", "open": "open", "TEA": "TEN", "coffee": "coffee"}
+    with open(folder / "metadata.jsonl", "w") as file:
+        for i, (wanted, shown) in enumerate(words.items()):
+            name = f"images/{i:05d}-0.png"
+            written(shown).save(folder / name)
+            row = {"file_name": name, "text": f'A sign that says "{wanted}".', "prompt_index": i, "image_index": 0}
+            file.write(json.dumps(row) + "\n")
+    return folder
+
+
+def test_words_are_read_and_scored(call, run_folder):
+    """Real weights. The summary is the mean of the scores, a second call scores nothing, and the mean lies inside."""
+    output = call("score_images", run_folder, "--metrics", "ocr")
+    rows = [json.loads(line) for line in (run_folder / "scores" / "ocr.jsonl").read_text().splitlines()]
+    assert [row["score"] for row in rows] == [1, 1, pytest.approx(2 / 3), 1]
+    summary = json.loads((run_folder / "scores.json").read_text())["ocr"]
+    assert summary["mean"] == pytest.approx(11 / 12) and summary["images"] == 4
+    assert summary["low"] < summary["mean"] <= summary["high"] == 1
+    assert "ocr 0.9167" in output
+    before = (run_folder / "scores" / "ocr.jsonl").read_bytes()
+    (run_folder / "scores" / "ocr.jsonl").write_bytes(before[:-10])  # cut off within the last line
+    call("score_images", run_folder, "--metrics", "ocr")
+    assert (run_folder / "scores" / "ocr.jsonl").read_bytes() == before
+
+
+def test_scoring_goes_on_after_what_is_bad(call, run_folder):
+    """A truncated and a missing image are named and have no score; the others have theirs; the exit code says it."""
+    name = run_folder / "images" / "00001-0.png"
+    name.write_bytes(name.read_bytes()[:200])
+    (run_folder / "images" / "00002-0.png").unlink()
+    output = call("score_images", run_folder, "--metrics", "ocr", expect=1)
+    assert output.count("not scored: ") == 2 and "00001-0.png: OSError" in output and "00002-0.png" in output
+    assert json.loads((run_folder / "scores.json").read_text())["ocr"]["images"] == 2
+
+
+@pytest.mark.parametrize(
+    ("wanted", "read", "score"),
+    [
+        ("Open", "we are o p e n", 1),
+        ("abcd", "abcx", 0.75),
+        ("abcd", "", 0),
+        ("ab", "xyzuvw", 0),
+        ("abc", "acb", 1 / 3),
+    ],
+)
+def test_text_score(wanted, read, score):
+    import ocr
+
+    assert ocr.text_score(wanted, read) == pytest.approx(score)
+
+
+def test_wanted_text():
+    import ocr
+
+    assert ocr.wanted_text({"text": 'a sign, "Open Late", and "no"'}) == "Open Late"
+    assert ocr.wanted_text({"text": "a sign, “Open”"}) == "Open"
+    assert ocr.wanted_text({"text": "picture of c a t", "wanted_text": "CAT"}) == "CAT"
+    for record in ({"text": "a sign"}, {"text": 'a sign " '}, {"text": 'a "" sign'}):
+        with pytest.raises(ValueError, match="double quotes"):
+            ocr.wanted_text(record)
+
+
+@pytest.mark.skipif(not PROMPTS.exists(), reason="the published prompt sets are not beside this checkout")
+def test_published_ocr_prompts_have_texts():
+    import ocr
+
+    lines = (PROMPTS / "ocr_prompts.txt").read_text().splitlines()
+    assert len(lines) > 1000 and all(ocr.wanted_text({"text": line}) for line in lines)
+
+
+def test_intervals():
+    """Of a mean over prompts with several images, against the known standard error; of GenEval, over its tasks."""
+    import score_images
+
+    rng = np.random.default_rng(1)
+    rows, scores = [], {}
+    for prompt in range(400):
+        value = rng.normal()
+        for image in range(3):  # the images of a prompt are alike: there are 400 draws here, not 1200
+            name = f"{prompt}-{image}"
+            rows.append({"file_name": name, "text": str(prompt), "tag": "colors" if prompt < 100 else "position"})
+            scores[name] = {"score": value}
+    summary = score_images.summarise("clipscore", rows, scores)
+    values = [score["score"] for score in scores.values()]
+    assert summary["mean"] == pytest.approx(np.mean(values))
+    half = 1.96 * np.std(values) / 400**0.5
+    assert summary["high"] - summary["mean"] == pytest.approx(half, rel=0.1)
+    assert summary["mean"] - summary["low"] == pytest.approx(half, rel=0.1)
+    summary = score_images.summarise("geneval", rows, scores)
+    means = {"colors": np.mean(values[:300]), "position": np.mean(values[300:])}
+    assert summary["tasks"] == pytest.approx(means) and summary["mean"] == pytest.approx(sum(means.values()) / 2)
+
+
+@pytest.fixture
+def generate(call, pipeline, tmp_path):
+    """Draw with the tiny pipeline; returns the folder and what was said."""
+    prompts = tmp_path / "prompts.jsonl"
+    rows = [{"prompt": "a red circle", "tag": "colors"}, {"prompt": 'a sign "A"', "tag": "word", "file_name": "x"}]
+    prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    fixed = ["--num_inference_steps", 2, "--resolution", 32, "--images_per_prompt", 2]
+
+    def generate(name, *arguments, expect=0, prompts=prompts):
+        source = ["--pretrained_model_name_or_path", pipeline, "--prompts", prompts]
+        output = call("generate_images", *source, *fixed, "--output_dir", tmp_path / name, *arguments, expect=expect)
+        return tmp_path / name, output
+
+    return generate
+
+
+def test_from_prompts_to_images(generate):
+    """Every image from its own noise; the folder trains and scores; what is there and whole is not drawn again."""
+    folder, output = generate("run")
+    rows = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
+    assert [row["text"] for row in rows] == ["a red circle"] * 2 + ['a sign "A"'] * 2
+    assert [row["tag"] for row in rows] == ["colors"] * 2 + ["word"] * 2
+    assert rows[2]["file_name"] == "images/00001-0.png" and len({row["seed"] for row in rows}) == 4
+    pictures = {row["file_name"]: (folder / row["file_name"]).read_bytes() for row in rows}
+    assert len(set(pictures.values())) == 4
+    args = train_sd3_soar.parse_args(["--pretrained_model_name_or_path", "x", "--train_data_dir", str(folder)])
+    assert train_sd3_soar.load_images(args)["caption"] == [row["text"] for row in rows]
+
+    whole, cut, gone = (folder / row["file_name"] for row in rows[:3])
+    cut.write_bytes(cut.read_bytes()[:-40])
+    gone.unlink()
+    before = whole.stat().st_mtime_ns
+    _, output = generate("run", "--batch_size", 1)
+    assert "4 images, 2 of them there" in output and whole.stat().st_mtime_ns == before
+    drawn = [np.asarray(Image.open(folder / row["file_name"]), dtype=int) for row in rows]
+    for image, (name, data) in zip(drawn, pictures.items(), strict=True):
+        (folder / "x.png").write_bytes(data)
+        assert abs(image - np.asarray(Image.open(folder / "x.png"), dtype=int)).max() <= 1, (
+            name
+        )  # batches round otherwise
+
+
+def test_other_weights_draw_other_images_from_the_same_noise(generate, run, pipeline):
+    """A full fine-tune and a LoRA with its scale; none of them goes into another's folder."""
+    full = run("train_sd3_soar", "--max_train_steps", 1, "--learning_rate", 0.01, "--resolution", 32)
+    base, _ = generate("base")
+    tuned, _ = generate("tuned", "--transformer", full)
+    seeds = [
+        [json.loads(line)["seed"] for line in (f / "metadata.jsonl").read_text().splitlines()] for f in (base, tuned)
+    ]
+    assert seeds[0] == seeds[1]
+    pictures = [(folder / "images" / "00000-0.png").read_bytes() for folder in (base, tuned)]
+    assert pictures[0] != pictures[1]
+    _, output = generate("base", "--transformer", full, expect=1)
+    assert f"transformer was None, is '{full}'" in complaint(output)
+
+
+def test_lora_scale(generate, run):
+    """A LoRA at scale 0 is the base; at scale 1 it is not."""
+    lora = run("train_sd3_soar_lora", "--max_train_steps", 2, "--learning_rate", 1, "--resolution", 32)
+    folders = [
+        generate(name, *arguments)[0]
+        for name, arguments in [
+            ("base", []),
+            ("zero", ["--lora", lora, "--lora_scale", 0]),
+            ("one", ["--lora", lora]),
+        ]
+    ]
+    base, zero, one = (np.asarray(Image.open(folder / "images" / "00000-0.png"), dtype=int) for folder in folders)
+    assert abs(base - zero).max() <= 1 < abs(base - one).max()
+
+
+def test_two_processes_draw_what_one_draws(generate, tmp_path):
+    one, _ = generate("one")
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    settings = json.loads((one / "generation.json").read_text())
+    arguments = ["--pretrained_model_name_or_path", settings["pretrained_model_name_or_path"]]
+    arguments += ["--prompts", settings["prompts"], "--num_inference_steps", "2", "--resolution", "32"]
+    arguments += ["--images_per_prompt", "2", "--batch_size", "1", "--output_dir", str(tmp_path / "two")]
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    subprocess.run([sys.executable, *launch, HERE / "generate_images.py", *arguments], env=environment, check=True)
+    assert (tmp_path / "two" / "metadata.jsonl").read_text() == (one / "metadata.jsonl").read_text()
+    for path in (one / "images").iterdir():
+        images = [np.asarray(Image.open(p), dtype=int) for p in (path, tmp_path / "two" / "images" / path.name)]
+        assert abs(images[0] - images[1]).max() <= 1
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("p.jsonl", '{"prompt": "a"}\n{"prompt": 3}\n', "p.jsonl, line 2: no text in 'prompt'"),
+        ("p.jsonl", '{"prompt": "a"}\nnonsense\n', "p.jsonl, line 2 is not JSON"),
+        ("p.txt", "\n\n", "p.txt: no prompts"),
+        ("p.txt", b"\xff\xfe\xfa", "p.txt is no text file"),
+        ("p.txt", None, "p.txt: no such file"),
+    ],
+)
+def test_bad_prompts(generate, tmp_path, name, content, words):
+    """One line that names the file and the line, before a model loads."""
+    prompts = tmp_path / name
+    if content is not None:
+        prompts.write_bytes(content if isinstance(content, bytes) else content.encode())
+    folder, output = generate("run", prompts=prompts, expect=1)
+    assert words in complaint(output) and not folder.exists()
+
+
+def test_bad_places(call, generate, tmp_path):
+    """Folders that hold something else, missing weights, metrics that do not exist, prompts that ask for no text."""
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "file").touch()
+    _, output = generate("other", expect=1)
+    assert "holds something else" in complaint(output)
+    folder, output = generate("run", "--transformer", tmp_path / "nowhere", expect=1)
+    assert f"--transformer {tmp_path / 'nowhere'}" in complaint(output) and not (folder / "images").exists()
+    assert "has no metadata.jsonl" in complaint(call("score_images", tmp_path / "other", "--metrics", "ocr", expect=1))
+    assert "choose from ocr" in complaint(call("score_images", tmp_path, "--metrics", "nice", expect=2))
+    folder, _ = generate("run")
+    output = call("score_images", folder, "--metrics", "ocr", expect=1)
+    assert "'a red circle' has no text in double quotes" in complaint(output)
+
+
+def test_missing_weights_leave_the_other_metrics(run_folder, tmp_path):
+    """Offline and with an empty cache: one line with the command that fetches the files, and OCR is still scored."""
+    environment = os.environ | {"HF_HOME": str(tmp_path / "empty"), "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, HERE / "score_images.py", run_folder, "--metrics", "pickscore,ocr"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "hf download yuvalkirstain/PickScore_v1" in complaint(done.stderr)
+    assert set(json.loads((run_folder / "scores.json").read_text())) == {"ocr"}
+
+
+def read_back(folder, *arguments):
+    """What the training scripts read: captions, sizes and digests, sorted."""
+    args = train_sd3_soar.parse_args(["--pretrained_model_name_or_path", "x", *map(str, arguments)])
+    rows = train_sd3_soar.load_images(args)
+    images = [train_sd3_soar.inspect_image(image) for image in rows["image"]]
+    return sorted(
+        (row["caption"], row["height"], row["width"], image["digest"]) for row, image in zip(rows, images, strict=True)
+    )
+
+
+def test_converted_data_are_the_same_data(call, photos, tmp_path):
+    """Image folder to JSONL to image folder: same captions and bytes, in links; sizes are the nearest buckets'."""
+    first, second = tmp_path / "jsonl", tmp_path / "folder"
+    buckets = ["--aspect_ratio_buckets", "512,512;256,768"]
+    call("convert_jsonl", "--train_data_dir", photos, "--to", "jsonl", *buckets, "--output_dir", first)
+    source = read_back(photos, "--train_data_dir", photos)
+    jsonl = read_back(first, "--jsonl_path", first / "data.jsonl", "--image_dir", first / "images")
+    assert [(row[0], row[3]) for row in jsonl] == [(row[0], row[3]) for row in source]
+    assert {row[1:3] for row in jsonl} <= {(512, 512), (256, 768)}
+    for line in (first / "data.jsonl").read_text().splitlines():
+        (path,) = (first / "images").glob(json.loads(line)["md5"] + ".*")
+        assert hashlib.md5(path.read_bytes()).hexdigest() == path.stem and path.stat().st_nlink == 2
+    call("convert_jsonl", "--jsonl_path", first / "data.jsonl", "--image_dir", first / "images", "--copy",
+         "--output_dir", second)  # fmt: skip
+    assert read_back(second, "--train_data_dir", second) == source
+    assert all(path.stat().st_nlink == 1 for path in (second / "images").iterdir())
+    output = call("convert_jsonl", "--train_data_dir", photos, "--output_dir", second, expect=2)
+    assert "exists: choose another folder" in complaint(output)
+
+
+def test_filtered_by_score(call, run_folder, tmp_path):
+    """By a least score and by a fraction; scores are reused, broken images reported, the histogram is a picture."""
+    (run_folder / "images" / "00003-0.png").write_bytes(b"no image")
+    kept = tmp_path / "kept"
+    arguments = ["--train_data_dir", run_folder, "--metric", "ocr", "--scores_dir", tmp_path / "scores"]
+    output = call("filter_dataset", *arguments, "--min_score", 0.9, "--output_dir", kept)
+    assert "not scored: images/00003-0.png" in output and "2 of 4 images" in output
+    rows = [json.loads(line) for line in (kept / "metadata.jsonl").read_text().splitlines()]
+    assert [(row["text"].split('"')[1], row["ocr"]) for row in rows] == [("BREAD", 1), ("open", 1)]
+    assert len(read_back(kept, "--train_data_dir", kept)) == 2
+    assert Image.open(tmp_path / "scores" / "ocr.png").size[0] > 300
+    before = (tmp_path / "scores" / "scores" / "ocr.jsonl").read_bytes()
+    call("filter_dataset", *arguments, "--top_fraction", 1, "--to", "jsonl", "--output_dir", tmp_path / "all")
+    assert (tmp_path / "scores" / "scores" / "ocr.jsonl").read_bytes() == before
+    assert len((tmp_path / "all" / "data.jsonl").read_text().splitlines()) == 3
+    output = call("filter_dataset", *arguments, "--min_score", 1.5, "--output_dir", tmp_path / "none", expect=1)
+    assert "no image scores at least 1.5; the best has 1" in complaint(output) and not (tmp_path / "none").exists()
+
+
+def test_top_fraction():
+    import filter_dataset
+
+    assert filter_dataset.choose([3.0, 1.0, 2.0, 4.0], None, 0.5) == 3.0
+    assert filter_dataset.choose([3.0, 1.0], None, 1e-9) == 3.0
+    assert filter_dataset.choose([3.0, 1.0], 2.5, None) == 2.5
