@@ -20,11 +20,10 @@ import importlib.util
 import json
 import os
 import sys
-from collections import defaultdict
 from pathlib import Path
 
+import compare
 import huggingface_hub
-import numpy as np
 import torch
 from tqdm.auto import tqdm
 
@@ -43,7 +42,6 @@ METRICS = {
     "hpsv2": ("preference", "HPSv2"),
     "imagereward": ("preference", "ImageReward"),
 }
-DRAWS = 2000  # of the bootstrap
 
 
 class Unavailable(Exception):
@@ -132,7 +130,7 @@ def load_scorer(metric, device, rows):
         print(f"{metric}: {repository}/{file}, {gigabytes} GB, {'cached' if cached else 'downloads now'}", flush=True)
     try:
         return scorer(device)
-    except (OSError, ImportError) as error:  # offline, no such file, no disk left; a package without its parts
+    except (OSError, ImportError, ValueError) as error:  # offline, disk full; a package's parts; not those weights
         files = "; ".join(f"hf download {repository} {file}" for repository, file, _ in scorer.files)
         reason = " ".join(str(error).split())[:300]
         raise Unavailable(f"cannot be loaded ({reason}); to fetch its files: {files}") from error
@@ -187,8 +185,7 @@ def score(scorer, metric, rows, folder, batch_size):
 
 def summarise(metric, rows, scores):
     """
-    The mean over all images and its 95 % bootstrap interval: prompts are drawn again, with all their images. Of
-    GenEval it is the mean of its tasks' means, and the tasks' means are there, too.
+    The mean over the images that have a score, with its 95 % bootstrap interval; of GenEval, that of its tasks' means.
 
     Args:
         metric (`str`): Its name.
@@ -196,24 +193,12 @@ def summarise(metric, rows, scores):
         scores (`dict[str, dict]`): Of [`read_scores`].
 
     Returns:
-        `dict`: `mean`, `low`, `high`, `images`, and for GenEval `tasks`.
+        `dict`: what [`compare.summarise`] returns.
     """
-    tasks = defaultdict(lambda: defaultdict(list))
-    for row in rows:
-        if row["file_name"] in scores:
-            task = row["tag"] if metric == "geneval" else "all"
-            tasks[task][row["text"]].append(scores[row["file_name"]]["score"])
-    rng = np.random.default_rng(0)
-    means, drawn = {}, []
-    for task, prompts in tasks.items():
-        sums, counts = np.array([(sum(values), len(values)) for values in prompts.values()], dtype=float).T
-        means[task] = float(sums.sum() / counts.sum())
-        chosen = rng.integers(len(sums), size=(DRAWS, len(sums)))
-        drawn.append(sums[chosen].sum(1) / counts[chosen].sum(1))
-    low, high = np.quantile(np.mean(drawn, axis=0), [0.025, 0.975])
-    images = sum(len(values) for prompts in tasks.values() for values in prompts.values())
-    summary = {"mean": float(np.mean(list(means.values()))), "low": float(low), "high": float(high), "images": images}
-    return summary | ({"tasks": means} if metric == "geneval" else {})
+    scored = [row for row in rows if row["file_name"] in scores]
+    values = {(row["text"], row["file_name"]): scores[row["file_name"]]["score"] for row in scored}
+    tags = {(row["text"], row["file_name"]): row["tag"] for row in scored} if metric == "geneval" else None
+    return compare.summarise(values, tags)
 
 
 def write_summary(folder, metric, summary):
@@ -259,7 +244,9 @@ def main(input_args=None):
             if any(row["file_name"] in scores for row in rows):
                 summary = summarise(metric, rows, scores)
                 write_summary(folder, metric, summary)
-                print("{0}: {1} {mean:.4f} [{low:.4f}, {high:.4f}], {images} images".format(folder, metric, **summary))
+                ends = [f"{end:.4f}" for end in (summary["low"], summary["high"]) if end is not None]
+                interval = f"[{', '.join(ends) or 'only one prompt'}]"
+                print(f"{folder}: {metric} {summary['mean']:.4f} {interval}, {summary['images']} images")
         del scorer  # before the next one is loaded
     for line in dict.fromkeys(broken):
         print(f"not scored: {line}", file=sys.stderr)
