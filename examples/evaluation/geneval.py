@@ -2,9 +2,12 @@
 """
 GenEval: does an image show the objects that its prompt names, in their number, their colours, and their places?
 
-    scorer = GenEval("cuda")
-    rows = scorer(images, records)      # records: rows of GenEval's `evaluation_metadata.jsonl`, one an image
-    task_means(rows)                    # {"single_object": 0.98, ..., "color_attr": 0.52, "overall": 0.65}
+    python examples/evaluation/score_images.py runs/soar --metrics geneval
+
+for a folder of images of the prompts of GenEval's `evaluation_metadata.jsonl`, or in Python
+
+    rows = GenEval("cuda")(images, records)     # records: rows of that file, one an image
+    task_means(rows)                            # the tasks' means, and "overall", their mean
 
 An image is searched for the 80 classes of COCO. Of each class those objects count whose confidence is above 0.3, or
 above 0.9 in the task `counting`, at most the 16 most confident. Overlapping boxes stay: the original's non-maximum
@@ -20,8 +23,8 @@ The score of the benchmark is `overall`: the mean of its six tasks' means, not t
 
 The detector's weights are those of the authors of Mask2Former, and the original's are those that OpenMMLab trained
 for the same network, so scores are close to published ones, not the same. Compare models by one detector only.
-Images enter both models as in the original: Mask2Former with a shorter side of 800 pixels and a longer one of at most
-1333, CLIP as the square in the middle of an object's box.
+The models see images in the original's sizes: Mask2Former with a shorter side of 800 pixels and a longer one of at
+most 1333, CLIP as the square in the middle of an object's box. See `find_instances` for how the confidence is had.
 
 Source: Ghosh, Hajishirzi, Schmidt, GenEval, arXiv 2310.11513, github.com/djghosh13/geneval; the strict reading: Liu et
 al., Flow-GRPO, arXiv 2505.05470, github.com/yifan123/reward-server. This is written anew, on transformers alone.
