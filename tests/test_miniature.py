@@ -247,3 +247,13 @@ def test_from_scenes_to_the_table(tmp_path):
     assert list(row) == expected and "| true state | 1 |" in table
     for name in ("scores", "steps", "samples"):
         assert (results / f"{name}.png").exists()
+
+
+def test_tables_of_the_readme():
+    """Every table of the report on the committed results is in the README, and no other table of figures is."""
+    report = [sys.executable, HERE / "report.py", HERE / "results", "--no_pictures"]
+    printed = subprocess.run(report, capture_output=True, text=True, check=True).stdout
+    tables = re.findall(r"(?:^\|.*\n)+", printed, flags=re.MULTILINE)
+    readme = (HERE / "README.md").read_text()
+    assert len(tables) >= 3
+    assert [t for t in re.findall(r"(?:^\|.*\n)+", readme, flags=re.MULTILINE) if "--:" in t] == tables

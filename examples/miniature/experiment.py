@@ -46,6 +46,7 @@ OTHER_ARMS = {
     "SOAR cps": (SOAR, "--num_rollout_paths 2 --trajectory_length 3 --sde_rollout_type cps", None),
     "SOAR N=1": (SOAR, "--trajectory_length 1", None),
     "SOAR N=2": (SOAR, "--trajectory_length 2", None),
+    "SOAR N=1 x 3": (SOAR, "--trajectory_length 1 --train_batch_size 24", None),  # costs what SOAR and SFT x 7 cost
     "SOAR-LoRA": (LORA, "--rank 16 --learning_rate 1e-3", None),
 }
 ARMS = MAIN_ARMS | OTHER_ARMS

@@ -42,6 +42,7 @@ FORWARDS = {
     "SOAR without CFG": 21,
     "SOAR N=1": 7,
     "SOAR N=2": 10,
+    "SOAR N=1 x 3": 21,
     "SOAR-LoRA": 15,
 }
 PAIRS = [
@@ -53,6 +54,7 @@ PAIRS = [
     ("SOAR K=10", "true state"),
     ("SOAR K=10", "SOAR K=40"),
     ("sigma mixture", "SFT"),
+    ("SOAR N=1 x 3", "SFT x 7"),
     *((arm, "SOAR K=40") for arm in OTHER_ARMS if arm != "sigma mixture"),
 ]
 
@@ -76,6 +78,13 @@ def read(folder, world):
         elif (match := re.fullmatch(r"base(\d+|words)", stem)) and world_of(match[1]) == world:
             bases[match[1]] = json.loads(path.read_text())
     return runs, bases
+
+
+def finished(runs, bases, arm, dropout):
+    """The scores of an arm's finished runs, or of the bases: `dict[(base, seed), dict]`."""
+    if arm == "base":
+        return bases
+    return {key[1:]: scores[STEPS] for key, scores in runs[arm].items() if key[0] == dropout and STEPS in scores}
 
 
 def outcomes(scores, setting, key, part="test"):
@@ -117,10 +126,10 @@ def main_table(runs, bases, dropout):
         keys, totals = {"letters": "letters", "words": "word"}, ("frechet",)
     first = next(iter(keys))
     header = ["arm", "runs", *keys, *totals, f"{first}, 5 steps", f"{first}, best guidance", "forwards"]
+    header = [name.replace("frechet", "Fréchet") for name in header]
     rows = []
     for arm in ["base", *ARMS]:
-        found = bases if arm == "base" else {k[1:]: r[STEPS] for k, r in runs[arm].items() if k[0] == dropout}
-        found = list(found.values())
+        found = list(finished(runs, bases, arm, dropout).values())
         if not found:
             continue
         row = [arm, str(len(found))]
@@ -132,11 +141,28 @@ def main_table(runs, bases, dropout):
     return table(header, rows)
 
 
+def summary_table(runs, bases, word_runs, word_bases):
+    """A row a main arm, caption dropout 0.1: score and right letters, and their differences from SFT's."""
+    rng, rows = np.random.default_rng(0), []
+    worlds = [(runs, bases, "lenient"), (word_runs, word_bases, "letters")]
+    for arm in ["base", *MAIN_ARMS]:
+        row = [arm]
+        for *world, key in worlds:
+            found, sft = (finished(*world, name, DROPOUTS[1]) for name in (arm, "SFT"))
+            row.append(
+                spread([outcomes(scores, MAIN_SETTING, key).mean() for scores in found.values()]) if found else ""
+            )
+            has_pairs = arm not in ("base", "SFT") and found.keys() & sft.keys()
+            row.append(difference(found, sft, MAIN_SETTING, key, rng) if has_pairs else "")
+        rows.append([*row, "0" if arm == "base" else str(FORWARDS.get(arm, 22))])
+    return table(["", "score", "- SFT", "letters", "- SFT", "forwards"], rows)
+
+
 def task_table(runs, bases, dropout):
     """A row an arm: the score of each task."""
     rows = []
     for arm in ["base", *ARMS]:
-        found = bases if arm == "base" else {k: r[STEPS] for k, r in runs[arm].items() if k[0] == dropout}
+        found = finished(runs, bases, arm, dropout)
         if found:
             tasks = np.array([outcomes(scores, MAIN_SETTING, "lenient").mean(1) for scores in found.values()])
             rows.append([arm, *(f"{value:.2f}" for value in tasks.mean(0))])
@@ -180,7 +206,7 @@ def difference_table(runs, dropout, columns=SHAPE_COLUMNS):
     """A row a pair of arms; in how many runs the difference has the sign of the mean."""
     rng, rows = np.random.default_rng(0), []
     for one, other in PAIRS:
-        first, second = ({k[1:]: r[STEPS] for k, r in runs[arm].items() if k[0] == dropout} for arm in (one, other))
+        first, second = (finished(runs, {}, arm, dropout) for arm in (one, other))
         if first.keys() & second.keys():
             differences = [difference(first, second, name_of(*s), key, rng) for s, key in columns.values()]
             rows.append([f"{one} - {other}", *differences])
@@ -247,7 +273,7 @@ def draw_scores(runs, bases, path):
         ):
             axis, settings = row[column], sorted(settings, key=lambda setting: setting[which])
             for arm in ["base", *MAIN_ARMS]:
-                found = bases if arm == "base" else {k: r[STEPS] for k, r in runs[arm].items() if k[0] == dropout}
+                found = finished(runs, bases, arm, dropout)
                 if found:
                     values = [[outcomes(s, name_of(*x), key).mean() for x in settings] for s in found.values()]
                     means, errors = np.mean(values, 0), np.std(values, 0) / max(len(values) - 1, 1) ** 0.5
@@ -316,6 +342,7 @@ def main():
     word_runs, word_bases = read(args.results, "words")
     if not bases:
         parser.error(f"{args.results} holds no scores: run examples/miniature/run.sh first")
+    print(f"Summary\n\n{summary_table(runs, bases, word_runs, word_bases)}\n")
     for dropout in reversed(DROPOUTS):
         if any(key[0] == dropout for found in runs.values() for key in found):
             print(f"Caption dropout {dropout:g}, {MAIN_SETTING}\n\n{main_table(runs, bases, dropout)}\n")
