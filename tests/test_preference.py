@@ -34,7 +34,7 @@ finally:
     del sys.path[0]
 
 TOLERANCE = {"rtol": 1e-4, "atol": 1e-5}
-TEXTS = ["a red star", "two green circles, left of a cat &amp; a dog", "it’s a “sign”  that says\nNO 42 " * 6]
+TEXTS = ["a red star", "two green circles <left of a cat &amp;amp; a dog>", "it’s a “sign”  that says\nNO 42 " * 6]
 RECORDS = [{"text": text} for text in TEXTS]
 
 
@@ -501,7 +501,7 @@ def test_a_batch_of_sizes_is_its_images_one_by_one():
 def test_hpsv2(hub, ftfy, monkeypatch, way):
     publish(hub, "HPSv2")
     state = {name: tensor.half().float() for name, tensor in clip_checkpoint().items()}
-    clean = ["a red star", "two green circles, left of a cat & a dog", 'it\'s a "sign" that says NO 42 ' * 6]
+    clean = ["a red star", "two green circles <left of a cat & a dog>", 'it\'s a "sign" that says NO 42 ' * 6]
     token_ids = clip_tokenizer()(clean, padding=True, truncation=True, max_length=77, return_tensors="pt").input_ids
     pixels = preference.preprocess(IMAGES, resize_floats=True)
     with torch.no_grad():
@@ -594,7 +594,7 @@ def test_prompts_are_read_as_by_open_clip(monkeypatch):
     prompts = [
         *TEXTS,
         "A café’s menu: “crêpes &amp;amp; naïve” — 3½€",
-        "Ｆｕｌｌ ｗｉｄｔｈ, ﬁne ligature",
+        "Ｆｕｌｌ ｗｉｄｔｈ, ﬁne ligature, <b>caf&amp;eacute;</b>",
         "🐈 don't   42nd",
     ]
     scorer(IMAGES[:1] * len(prompts), [{"text": prompt} for prompt in prompts])
@@ -693,7 +693,7 @@ def test_a_wrong_checkpoint_is_one_line(hub, tmp_path, monkeypatch, scorer, how)
     with pytest.raises(ValueError) as error:
         make(scorer)
     line = str(error.value)
-    assert "\n" not in line and str(path) in line
+    assert "\n" not in line and line.startswith(str(path)) and f"delete {path.parents[2]}" in line
     if how in ("missing", "shape"):
         assert tensor in line
     if how == "unknown":
@@ -711,7 +711,7 @@ def test_a_checkpoint_of_another_depth_is_refused():
     with pytest.raises(ValueError, match="transformer.resblocks.3.* is not expected"):
         preference.rearrange(deep, model, names)
     del names["logit_scale"], state["logit_scale"]
-    with pytest.raises(ValueError, match="^logit_scale of the model has no source$"):
+    with pytest.raises(ValueError, match="^logit_scale has no source$"):
         preference.rearrange(state, model, names)
 
 

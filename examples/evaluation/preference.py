@@ -5,19 +5,19 @@ Scorers that stand in for human preference, for score_images.py.
 | class | model | score | SD3.5-Medium |
 | --- | --- | --- | --- |
 | `CLIPScore` | CLIP ViT-L/14 | cosine of image and prompt | 0.285 |
-| `PickScore` | CLIP ViT-H/14, tuned on Pick-a-Pic | cosine times the model's logit scale, 100 | 22.34 |
+| `PickScore` | CLIP ViT-H/14, tuned on Pick-a-Pic | cosine times the model's logit scale | 22.34 |
 | `HPSv2` | CLIP ViT-H/14, tuned on HPD v2; version 2.1 | cosine of image and prompt | 0.279 |
 | `ImageReward` | BLIP ViT-L, and a head on its text encoder, that sees the image | standardised; 0 is average | 0.85 |
 | `Aesthetic` | CLIP ViT-L/14, and a head on the image's embedding alone | rating, 1 to 10 | 5.36 |
 
-The last column is what the paper of SOAR (arXiv 2604.12617) reports for DrawBench: these are its scales. The code of
-Flow-GRPO (arXiv 2505.05470) has others as rewards: PickScore / 26, and 100 / 30 times the cosine of CLIP.
+The last column is what the authors of SOAR (arXiv 2604.12617) report for DrawBench: these are their scales. The code
+of Flow-GRPO (arXiv 2505.05470) has others as rewards: PickScore / 26, and 100 / 30 times the cosine of CLIP.
 
 `Scorer(device)` loads from the hub, or from its cache under HF_HUB_OFFLINE=1; `Scorer(device, parts)` takes model and
 tokenizer (Aesthetic: model and head) as they are. A scorer is called with a list of B `PIL.Image.Image`s in RGB and a
 list of B records, of which `"text"` is the prompt, and returns B times `{"score": float}`. It computes in float32.
 Checkpoints that are published as pickles are read once, by a loader that runs no code in them, and kept as
-safetensors in `$HF_HOME/soar-evaluation`; a `ValueError` says which tensor of one is not as expected.
+safetensors in `$HF_HOME/soar-evaluation`. A `ValueError` says what in one is not as expected.
 """
 
 import html
@@ -47,6 +47,7 @@ from transformers import (
 
 
 def transformer(width, layers, heads, **others):
+    """A part of a configuration."""
     sizes = {"hidden_size": width, "intermediate_size": 4 * width}
     return {**sizes, "num_hidden_layers": layers, "num_attention_heads": heads, **others}
 
@@ -97,30 +98,16 @@ def preprocess(images, offset=round, resize_floats=False):
 
 
 def image_text_cosine(model, tokenizer, pixels, texts):
-    """
-    Cosine of the angle between the embeddings of each image and its text, of which the first 77 tokens count.
-
-    Args:
-        model (`CLIPModel`), tokenizer (`CLIPTokenizer`).
-        pixels (`torch.Tensor` of shape `(B, 3, 224, 224)`): From [`preprocess`].
-        texts (`list[str]` of length `B`).
-
-    Returns:
-        `torch.Tensor` of shape `(B,)`, on the model's device.
-    """
+    """Cosine, of shape `(B,)`, of B images, from [`preprocess`], and B texts, of which the first 77 tokens count."""
     inputs = tokenizer(texts, padding=True, truncation=True, max_length=77, return_tensors="pt").to(model.device)
     outputs = model(pixel_values=pixels.to(model.device), **inputs)
     return (outputs.image_embeds * outputs.text_embeds).sum(dim=-1)  # both of length 1
 
 
 class LinearHead(torch.nn.Sequential):
-    """
-    From embeddings of shape `(B, width)` to numbers of shape `(B, 1)`, by five linear layers with nothing in between.
+    """From embeddings of shape `(B, width)` to numbers of shape `(B, 1)`, in five steps with nothing in between."""
 
-    In training there was dropout between them, counted in the published numbers of the layers.
-    """
-
-    published = (0, 2, 4, 6, 7)
+    published = (0, 2, 4, 6, 7)  # the layers' numbers in the checkpoints, where dropout counts as one
 
     def __init__(self, width):
         sizes = (width, 1024, 128, 64, 16, 1)
@@ -216,10 +203,8 @@ def read_checkpoint(path, key=None):
         state = torch.load(path, map_location="cpu", weights_only=True)
         return {name: tensor.detach() for name, tensor in (state[key] if key else state).items()}
     except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, TypeError, AttributeError) as error:
-        reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
-        raise ValueError(
-            f"{path} is damaged, or no checkpoint of tensors: delete it to load it anew ({reason})"
-        ) from error
+        reason = str(error).strip().partition("\n")[0]
+        raise ValueError(f"it is damaged, or holds more than tensors ({type(error).__name__}: {reason})") from error
 
 
 def rearrange(state, model, names):
@@ -239,20 +224,20 @@ def rearrange(state, model, names):
         model, or if a shape is not the model's.
     """
     problems = [f"{name} is not expected" for name in state if name not in names]
-    problems += [f"{name} is missing" for name, places in names.items() if places and name not in state]
     result, wanted = {}, model.state_dict()
-    for name in names.keys() & state.keys():
-        places = names[name]
-        for place, tensor in zip(
-            places, state[name].chunk(len(places)) if places[1:] else [state[name]], strict=False
-        ):
+    for name, places in names.items():
+        if name not in state:
+            problems += [f"{name} is missing"] if places else []
+            continue
+        tensors = state[name].chunk(len(places)) if len(places) > 1 else [state[name]]
+        for place, tensor in zip(places, tensors, strict=False):
             place, _, transposed = place.partition(" ")
             result[place] = (tensor.T if transposed else tensor).contiguous()
             if place in wanted and wanted[place].shape != result[place].shape:
                 problems.append(f"{name} gives {place} the shape {list(result[place].shape)}")
     filled = {place.partition(" ")[0] for places in names.values() for place in places}
-    problems += [f"{place} of the model has no source" for place in wanted.keys() - filled]
-    problems += [f"{place} is not in the model" for place in filled - wanted.keys()]
+    problems += [f"{place} has no source" for place in sorted(wanted.keys() - filled)]
+    problems += [f"{place} is not in the model" for place in sorted(filled - wanted.keys())]
     if problems:
         raise ValueError("; ".join(problems[:3]) + (f"; and {len(problems) - 3} more" if problems[3:] else ""))
     return result
@@ -277,7 +262,8 @@ def load_converted(model, repo, file, names, key=None):
         try:
             state = rearrange(read_checkpoint(source, key), model, names)
         except ValueError as error:
-            raise ValueError(f"{source} is not the checkpoint that was expected: {error}") from error
+            again = f"to load it again, delete {source.parents[2]}"
+            raise ValueError(f"{source} is not the checkpoint that was expected: {error}; {again}") from error
         CONVERTED.mkdir(parents=True, exist_ok=True)
         partial = target.with_suffix(f".{os.getpid()}")
         try:
