@@ -5,6 +5,8 @@ cd "$(dirname "$0")/.."
 [ -x .venv/bin/python ] || python3 -m venv .venv
 .venv/bin/pip install --quiet --disable-pip-version-check \
     -r requirements.txt -r tests/requirements.txt -c tests/constraints.txt
+# Originals that scores are compared with. They ask for torchvision, which what is compared does not use.
+.venv/bin/pip install --quiet --disable-pip-version-check --no-deps open_clip_torch==3.3.0 image-reward==1.5
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
 # One thread: the tiny model is faster that way, and the sums of a step have one order.
