@@ -95,14 +95,16 @@ def write_prompts(path, part, count):
     """`TIMES * count` prompts, each with the seed of its noise; a part with fewer words has some twice."""
     rng = random.Random(part)
     words = itertools.islice(itertools.cycle(split()[part]), TIMES * count)
-    records = [{"task": "word", "prompt": caption(word), "word": word, "seed": rng.getrandbits(31)} for word in words]
+    records = [
+        {"task": "word", "prompt": caption(word), "wanted_text": word, "seed": rng.getrandbits(31)} for word in words
+    ]
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
 
 
 def read_prompts(path):
     """The words of a file of [`write_prompts`], and its records."""
     records = [json.loads(line) for line in path.read_text().splitlines()]
-    return [record["word"] for record in records], records
+    return [record["wanted_text"] for record in records], records
 
 
 if __name__ == "__main__":
