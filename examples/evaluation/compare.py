@@ -324,7 +324,8 @@ def check_output(output):
     except (OSError, ValueError) as error:
         fail(f"--output_dir {output}: {error}")
     if names and not (names <= OUTPUTS and MADE_BY in marker):
-        fail(f"--output_dir {output} exists and is not, or not only, an earlier comparison: name another folder")
+        found = ", ".join(sorted(names - OUTPUTS)[:3]) or "it has no comparison.json of this script"
+        fail(f"--output_dir {output} is not, or not only, an earlier comparison ({found}): name another folder")
 
 
 def main(args):
