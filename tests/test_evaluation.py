@@ -5,6 +5,7 @@ import hashlib
 import importlib
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -343,3 +344,18 @@ def test_top_fraction():
     assert filter_dataset.choose([3.0, 1.0, 2.0, 4.0], None, 0.5) == 3.0
     assert filter_dataset.choose([3.0, 1.0], None, 1e-9) == 3.0
     assert filter_dataset.choose([3.0, 1.0], 2.5, None) == 2.5
+
+
+def test_flags_of_the_readme_exist():
+    """Every flag of a command in the README is one of its script's."""
+    text = re.sub(r"\\\n\s*", " ", (HERE / "README.md").read_text())
+    found = re.findall(r"evaluation/(\w+)\.py (.*)", text)
+    assert {"generate_images", "score_images", "compare", "filter_dataset", "convert_jsonl"} <= {
+        name for name, _ in found
+    }
+    shared = (HERE / "score_images.py").read_text() + (HERE / "convert_jsonl.py").read_text()
+    for name, arguments in found:
+        source = (HERE / f"{name}.py").read_text()
+        source += shared if name in ("filter_dataset", "convert_jsonl") else ""
+        for flag in re.findall(r"--\w+", arguments):
+            assert f'"{flag}"' in source, (name, flag)
