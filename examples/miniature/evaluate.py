@@ -23,7 +23,7 @@ import words
 import world
 from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 from diffusers.utils import make_image_grid
-from experiment import CHECKPOINT_SETTINGS, GUIDANCES, MAIN, SETTINGS, name_of
+from experiment import CHECKPOINT_SETTINGS, GUIDANCES, MAIN, QUICK_PART, SETTINGS, name_of
 from PIL import Image
 from safetensors.torch import load_file
 from tqdm.auto import tqdm
@@ -133,6 +133,7 @@ def main():
     parser.add_argument("--words", action="store_true", help="It is the one of words.py.")
     parser.add_argument("--output", type=Path, required=True, help="JSON file to write.")
     parser.add_argument("--checkpoint", action="store_true", help="--run is a checkpoint: fewer pictures.")
+    parser.add_argument("--quick", action="store_true", help="Fewer pictures in all but the main setting.")
     args = parser.parse_args()
     source = words if args.words else world
     pipeline = load_pipeline(args.base, args.run)
@@ -145,6 +146,8 @@ def main():
         truth = [source.draw_truth(prompt, rng) for prompt in prompts]
         of_task = len(records) // len(source.TASKS)
         for (guidance, steps), count in tqdm(settings.items(), desc=f"Drawing {part}", unit="setting"):
+            if args.quick and (part, guidance, steps) != ("test", *MAIN):
+                count = round(QUICK_PART * count)
             count = min(source.TIMES * count, of_task)
             chosen = [task * of_task + i for task in range(len(source.TASKS)) for i in range(count)]
             these = [[items[i] for i in chosen] for items in (prompts, records, truth)]

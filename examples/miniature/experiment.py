@@ -52,7 +52,7 @@ OTHER_ARMS = {
 ARMS = MAIN_ARMS | OTHER_ARMS
 DROPOUTS = (0.0, 0.1)
 CHECKPOINTS = (250, 500)  # scored, too, for the main arms, besides the end
-STEPS, BASE_STEPS = 1000, 6000  # of post-training, of a base
+STEPS, BASE_STEPS, QUICK_BASE_STEPS = 1000, 6000, 4000  # of post-training, of a base
 WORDS_BASE_PART = 1 / 4  # of those steps is enough to learn words half, which leaves room for what follows
 # Of post-training. Without the average of the weights, the last step's noise is as large as the arms' differences.
 COMMON = "--train_batch_size 8 --learning_rate 3e-4 --use_ema --ema_decay 0.99"
@@ -63,6 +63,7 @@ MAIN = (4.5, 20)  # guidance, steps
 # Prompts a task in each setting: all of them where the main results are.
 SETTINGS = {MAIN: 100, (4.5, 5): 100, (1.0, 20): 50, (2.0, 20): 50, (7.0, 20): 50, (4.5, 10): 25, (4.5, 40): 25}
 CHECKPOINT_SETTINGS = {MAIN: 50}
+QUICK_PART = 1 / 3  # of the prompts, in all but the main setting
 GUIDANCES = dict.fromkeys([(1.0, 20), (2.0, 20), MAIN, (7.0, 20)], 20)  # of the validation, to choose from
 
 
@@ -148,7 +149,7 @@ def make_base(out, name, steps, threads=1):
     partial.rename(base)
 
 
-def make_raw(out, world, model):
+def make_raw(out, world, model, threads):
     """The pictures of a world, and the toy pipeline with its VAE trained on them."""
     raw, log = out / f"raw_{world}", out / "logs" / f"raw_{world}.log"
     if not raw.exists():
@@ -157,7 +158,7 @@ def make_raw(out, world, model):
         call(log, ROOT / "examples" / "make_tiny_sd3.py", untrained, "--size", model)
         if not (out / world).exists():
             call(log, HERE / f"{world}.py", out / world, "--size", size_of(untrained))
-        call(log, ROOT / "examples" / "train_vae.py", untrained, *sorted((out / world).glob("*/")))
+        call(log, ROOT / "examples" / "train_vae.py", untrained, *sorted((out / world).glob("*/")), threads=threads)
         untrained.rename(raw)
 
 
@@ -199,11 +200,11 @@ def measure_gap(out, results, dropout, base, seed):
         shutil.copy(out / "gap" / name / "exposure_bias.json", results / f"{name}.json")
 
 
-def do(out, results, run, steps):
+def do(out, results, run, steps, quick):
     """Train and score one run; with the last main arm of a base and seed, measure their exposure bias, too."""
     run_dir = train(out, run, steps)
-    score(out, results, run.base, run_dir, run.name)
-    if run.arm in MAIN_ARMS:
+    score(out, results, run.base, run_dir, run.name, *(["--quick"] if quick else []))
+    if run.arm in MAIN_ARMS and not quick:
         for step in CHECKPOINTS:
             score(out, results, run.base, run_dir / f"checkpoint-{step}", f"{run.name}-step{step}", "--checkpoint")
     for checkpoint in run_dir.glob("checkpoint-*"):  # most of the disk, and needed no more
@@ -221,8 +222,10 @@ def main():
     parser.add_argument("--results", type=Path, help="Folder of the scores. Default: results[_large], or in --out.")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="Processes at once, of one thread each.")
     parser.add_argument("--steps", type=int, default=STEPS, help="Of post-training.")
-    parser.add_argument("--base_steps", type=int, default=BASE_STEPS)
+    parser.add_argument("--base_steps", type=int, help=f"Default: {BASE_STEPS}; quick: {QUICK_BASE_STEPS}.")
     args = parser.parse_args()
+    quick = args.size == "quick"
+    args.base_steps = args.base_steps or (QUICK_BASE_STEPS if quick else BASE_STEPS)
     given = [path and path.resolve() for path in (args.out, args.results)]
     os.chdir(ROOT)
     suffix = "" if args.size == "full" else f"_{args.size}"
@@ -231,20 +234,19 @@ def main():
     runs = plan(args.size)
     locks = {run.base: threading.Lock() for run in runs}  # a run waits for its base
     for world in dict.fromkeys(map(world_of, locks)):
-        make_raw(out, world, "large" if args.size == "large" else "mini")
+        make_raw(out, world, "large" if args.size == "large" else "mini", threads=args.workers)
     failed = threading.Event()
 
     def work(item):
         if not failed.is_set():  # one that failed ends all; what runs is finished first
             try:
-                is_run = isinstance(item, Run)
-                base = item.base if is_run else item
+                base = item.base if isinstance(item, Run) else item
                 with locks[base]:
                     base_steps = round(args.base_steps * (WORDS_BASE_PART if base == "words" else 1))
                     make_base(out, base, base_steps, threads=max(1, args.workers // len(locks)))
-                    score(out, results, base, None, f"base{base}")
-                if is_run:
-                    do(out, results, item, args.steps)
+                    score(out, results, base, None, f"base{base}", *(["--quick"] if quick else []))
+                if isinstance(item, Run):
+                    do(out, results, item, args.steps, quick)
             except BaseException:
                 failed.set()
                 raise
