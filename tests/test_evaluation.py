@@ -6,11 +6,13 @@ import importlib
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 
 import numpy as np
 import pytest
+from accelerate.state import PartialState
 from conftest import ROOT
 from PIL import Image, ImageDraw, ImageFont
 
@@ -34,6 +36,7 @@ def call(capfd):
 
     def run_script(script, *arguments, expect=0):
         module = importlib.import_module(script)
+        PartialState._reset_state()  # as in a new process
         try:
             code = module.main(list(map(str, arguments))) or 0
         except SystemExit as error:
@@ -317,6 +320,41 @@ def test_converted_data_are_the_same_data(call, photos, tmp_path):
     assert all(path.stat().st_nlink == 1 for path in (second / "images").iterdir())
     output = call("convert_jsonl", "--train_data_dir", photos, "--output_dir", second, expect=2)
     assert "exists: choose another folder" in complaint(output)
+
+
+def test_conversion_touches_nothing_else(call, photos, tmp_path, caplog):
+    """A source that is called as a partial output would be; an output among the data; an image that is not listed."""
+    source = tmp_path / "data.partial"
+    shutil.copytree(photos, source)
+    written("unlisted").save(source / "unlisted.png")
+    output = call("convert_jsonl", "--train_data_dir", source, "--output_dir", tmp_path / "data")
+    assert "8 images in" in output and "1 images in" in caplog.text and "are not listed" in caplog.text
+    assert len(read_back(tmp_path / "data", "--train_data_dir", tmp_path / "data")) == 8
+    assert len(list(source.iterdir())) == 10
+    output = call("convert_jsonl", "--train_data_dir", source, "--output_dir", source / "more", expect=2)
+    assert "is inside" in complaint(output)
+    (tmp_path / "file").touch()
+    output = call("convert_jsonl", "--train_data_dir", source, "--output_dir", tmp_path / "file" / "x", expect=1)
+    assert "--output_dir" in complaint(output)
+
+
+def test_what_is_converted_is_what_training_sees(call, tmp_path):
+    """Of a format that the JSONL does not have: 16 bits of grey, and an orientation in EXIF."""
+    source = tmp_path / "source"
+    source.mkdir()
+    ramp = np.linspace(0, 65535, 64 * 32).reshape(32, 64).astype(np.uint16)
+    Image.fromarray(ramp).save(source / "grey.tiff")
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned by a quarter
+    written("up", 64).crop((0, 16, 64, 48)).save(source / "turned.tiff", exif=exif)
+    lines = [json.dumps({"file_name": name, "text": name}) + "\n" for name in ("grey.tiff", "turned.tiff")]
+    (source / "metadata.jsonl").write_text("".join(lines))
+    call("convert_jsonl", "--train_data_dir", source, "--to", "jsonl", "--output_dir", tmp_path / "out")
+    records = [json.loads(line) for line in (tmp_path / "out" / "data.jsonl").read_text().splitlines()]
+    assert [record["caption_en"] for record in records] == ["grey.tiff", "turned.tiff"]
+    for record in records:
+        seen, _ = train_sd3_soar.read_image({"path": source / record["caption_en"], "bytes": None})
+        assert np.array_equal(np.asarray(Image.open(tmp_path / "out" / "images" / f"{record['md5']}.png")), seen)
 
 
 def test_filtered_by_score(call, run_folder, tmp_path):

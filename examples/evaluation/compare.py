@@ -30,7 +30,6 @@ from pathlib import Path
 from urllib.parse import quote
 
 import numpy as np
-from matplotlib.figure import Figure
 from PIL import Image
 from tqdm.auto import tqdm
 
@@ -249,6 +248,8 @@ def format_table(comparison):
 
 def draw(comparison, path):
     """Save the means as bars with their intervals: a panel a metric, that of GenEval with its tasks."""
+    from matplotlib.figure import Figure  # what else there is here is used without it, too
+
     names = list(comparison["runs"])
     panels = [list(lines_of({metric: row})) for metric, row in comparison["scores"].items()]
     widths = [1 + 0.32 * len(lines) * len(names) for lines in panels]

@@ -17,8 +17,10 @@ import io
 import json
 import os
 import shutil
+import tempfile
 from pathlib import Path
 
+from accelerate import PartialState
 from diffusers.training_utils import find_nearest_bucket, generate_aspect_ratio_buckets, parse_buckets_string
 from PIL import Image
 from score_images import add_data_arguments, check_data_arguments, read_data, script
@@ -40,9 +42,15 @@ def add_output_arguments(parser):
 
 
 def check_output_arguments(parser, args):
-    """Refuse an output folder that exists; put the sizes to choose from, (height, width), into `args.buckets`."""
+    """
+    Refuse an output folder that exists, or would lie among the data; put the sizes to choose from, (height, width),
+    into `args.buckets`.
+    """
     if args.output_dir.exists():
         parser.error(f"--output_dir {args.output_dir} exists: choose another folder, or remove it")
+    for source in filter(None, (args.train_data_dir, args.image_dir)):
+        if script.is_inside(args.output_dir, source):
+            parser.error(f"--output_dir {args.output_dir} is inside {source}, where its images would be read as data")
     args.buckets = [(args.resolution, args.resolution)]
     if args.aspect_ratio_buckets:
         try:
@@ -81,12 +89,25 @@ def write_data_set(args, rows, extra=()):
     Returns:
         `int`: how many images could not be read; they are left out and named.
     """
-    partial = args.output_dir.with_name(args.output_dir.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    with script.failing_with(f"--output_dir {args.output_dir}"):
+        args.output_dir.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=f".{args.output_dir.name}-", dir=args.output_dir.parent))
+        partial.chmod(0o755)
+    try:
+        bad = write_into(partial, args, rows, extra)
+    except BaseException:
+        shutil.rmtree(partial)
+        raise
+    with script.failing_with(f"--output_dir {args.output_dir}; the data set is in {partial}"):
+        partial.rename(args.output_dir)
+    return bad
+
+
+def write_into(folder, args, rows, extra):
+    """[`write_data_set`], into a new folder."""
     name = "data.jsonl" if args.to == "jsonl" else "metadata.jsonl"
     bad = 0
-    with open(partial / name, "w", encoding="utf-8") as file:
+    with open(folder / name, "w", encoding="utf-8") as file:
         for row, fields in zip(tqdm(rows, desc="Writing", unit="image"), extra or [{}] * len(rows), strict=True):
             found = script.inspect_image(row["image"])
             if "error" in found:
@@ -94,14 +115,12 @@ def write_data_set(args, rows, extra=()):
                 bad += 1
                 continue
             line, image = describe(args, row, found["size"])
-            target = partial / "images" / line.pop("target")
+            target = folder / "images" / line.pop("target")
             if not target.exists():  # the same image with two captions
                 place(image, target, args.copy)
             file.write(json.dumps(line | fields, ensure_ascii=False) + "\n")
     if bad == len(rows):
-        shutil.rmtree(partial)
         script.fail("no image could be read")
-    partial.rename(args.output_dir)
     return bad
 
 
@@ -110,11 +129,11 @@ def describe(args, row, size):
     image = row["image"]
     data = Path(image["path"]).read_bytes() if image["bytes"] is None else image["bytes"]
     with Image.open(io.BytesIO(data)) as opened:
-        suffix = {"JPEG": ".jpg", "PNG": ".png", "WEBP": ".webp"}.get(opened.format)
-        if suffix is None and args.to == "jsonl":
-            buffer = io.BytesIO()
-            opened.convert("RGB").save(buffer, "PNG")
-            data, suffix, image = buffer.getvalue(), ".png", {"bytes": buffer.getvalue(), "path": None}
+        suffix = {"JPEG": ".jpg", "MPO": ".jpg", "PNG": ".png", "WEBP": ".webp"}.get(opened.format)
+    if suffix is None and args.to == "jsonl":
+        buffer = io.BytesIO()
+        script.read_image(image)[0].save(buffer, "PNG")
+        data, suffix, image = buffer.getvalue(), ".png", {"bytes": buffer.getvalue(), "path": None}
     if args.to == "jsonl":
         height, width = row["height"], row["width"]
         if not height:
@@ -135,6 +154,7 @@ def main(input_args=None):
     if not check_data_arguments(parser, args):
         parser.error("give a data set: --dataset_name, --train_data_dir, or --jsonl_path with --image_dir")
     check_output_arguments(parser, args)
+    PartialState()  # for the log
     rows = read_data(args)
     bad = write_data_set(args, rows)
     print(f"{len(rows) - bad} images in {args.output_dir}, {bad} left out")

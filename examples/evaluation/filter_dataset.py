@@ -8,16 +8,16 @@ Keep the images of a data set that a metric scores highest, to train on them.
         --top_fraction 0.2 --to jsonl --output_dir best
 
 SOAR's experiments on single rewards train on such subsets: aesthetic score of at least 6.8, high CLIPScore. The output
-is what convert_jsonl.py writes, with the score in each line. Scores are kept in --scores_dir, so that another cut, or
-an interrupted call, scores nothing twice; the histogram with the cut is there, too.
+is what convert_jsonl.py writes, with the score in each line. Scores, and the histogram with the cut, are kept beside
+it, or in --scores_dir: give the same again to try another cut, or after an interruption, and nothing is scored twice.
 """
 
 import argparse
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 import torch
+from accelerate import PartialState
 from convert_jsonl import add_output_arguments, check_output_arguments, write_data_set
 from score_images import (
     METRICS,
@@ -30,10 +30,6 @@ from score_images import (
     score,
     script,
 )
-
-
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt  # noqa: E402
 
 
 def choose(scores, min_score, top_fraction):
@@ -52,15 +48,17 @@ def choose(scores, min_score, top_fraction):
 
 def draw_histogram(scores, cut, metric, path):
     """A picture of all scores and the cut."""
+    from matplotlib.figure import Figure
+
     kept = sum(score >= cut for score in scores)
-    figure, axis = plt.subplots(figsize=(7, 3.5), layout="constrained")
+    figure = Figure(figsize=(7, 3.5), layout="constrained")
+    axis = figure.subplots()
     edges = np.histogram_bin_edges(scores, bins=40)
     for part, color in (([s for s in scores if s < cut], "lightgrey"), ([s for s in scores if s >= cut], "tab:blue")):
         axis.hist(part, bins=edges, color=color)
     axis.axvline(cut, color="black", lw=1)
     axis.set(xlabel=metric, ylabel="images", title=f"{kept} of {len(scores)} images score at least {cut:.4g}")
     figure.savefig(path, dpi=110)
-    plt.close(figure)
 
 
 def main(input_args=None):
@@ -79,6 +77,7 @@ def main(input_args=None):
     check_output_arguments(parser, args)
     folder = args.scores_dir or args.output_dir.with_name(args.output_dir.name + "-scores")
 
+    PartialState()  # for the log
     rows = read_data(args)
     try:
         scorer = load_scorer(args.metric, torch.device("cuda" if torch.cuda.is_available() else "cpu"), rows)

@@ -94,9 +94,11 @@ def read_prompts(args):
         script.fail(f"--prompts {args.prompts}: no such file")
     elif args.prompts.suffix == ".jsonl":
         texts = list(script.read_json_lines(args.prompts))
+    elif args.prompts.suffix != ".txt":
+        script.fail(f"--prompts {args.prompts}: want .txt with a prompt a line, or .jsonl with an object a line")
     else:
         with script.failing_with(f"--prompts {args.prompts} is no text file"):
-            lines = args.prompts.read_text(encoding="utf-8").splitlines()
+            lines = args.prompts.read_text(encoding="utf-8-sig").splitlines()
         texts = [(f"{args.prompts}, line {n}", {column: line}) for n, line in enumerate(lines, 1) if line.strip()]
     rows = []
     for where, row in texts[: args.max_prompts]:

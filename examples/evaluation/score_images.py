@@ -25,6 +25,7 @@ from pathlib import Path
 import compare
 import huggingface_hub
 import torch
+from accelerate import PartialState
 from tqdm.auto import tqdm
 
 
@@ -142,7 +143,7 @@ def read_scores(path):
         return {}
     data = path.read_bytes()
     if not data.endswith(b"\n"):
-        path.write_bytes(data[: data.rfind(b"\n") + 1])
+        os.truncate(path, data.rfind(b"\n") + 1)
     return {row["file_name"]: row for _, row in script.read_json_lines(path)}
 
 
@@ -226,6 +227,7 @@ def main(input_args=None):
     if bool(args.runs) == bool(args.output_dir):
         parser.error("--output_dir goes with a data set, and only with one")
 
+    PartialState()  # for the log
     sets = {run: read_run(run) for run in args.runs} or {args.output_dir: read_data(args)}
     if empty := [str(folder) for folder, rows in sets.items() if not rows]:
         script.fail(f"{', '.join(empty)}: no images")
