@@ -15,6 +15,7 @@ import pytest
 from accelerate.state import PartialState
 from conftest import ROOT
 from PIL import Image, ImageDraw, ImageFont
+from safetensors.torch import load_file, save_file
 
 import train_sd3_soar
 
@@ -165,7 +166,10 @@ def test_intervals():
 def generate(call, pipeline, tmp_path):
     """Draw with the tiny pipeline; returns the folder and what was said."""
     prompts = tmp_path / "prompts.jsonl"
-    rows = [{"prompt": "a red circle", "tag": "colors"}, {"prompt": 'a sign "A"', "tag": "word", "file_name": "x"}]
+    rows = [
+        {"prompt": "a red circle", "tag": "colors", "include": [{"class": "circle", "position": ["left of", 0]}]},
+        {"prompt": 'a sign "A"', "tag": "word", "file_name": "x"},
+    ]
     prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
     fixed = ["--num_inference_steps", 2, "--resolution", 32, "--images_per_prompt", 2]
 
@@ -179,11 +183,17 @@ def generate(call, pipeline, tmp_path):
 
 def test_from_prompts_to_images(generate):
     """Every image from its own noise; the folder trains and scores; what is there and whole is not drawn again."""
+    import score_images
+
     folder, output = generate("run")
     rows = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
     assert [row["text"] for row in rows] == ["a red circle"] * 2 + ['a sign "A"'] * 2
     assert [row["tag"] for row in rows] == ["colors"] * 2 + ["word"] * 2
     assert rows[2]["file_name"] == "images/00001-0.png" and len({row["seed"] for row in rows}) == 4
+    scored = score_images.read_run(folder)
+    assert [row.get("include") for row in scored] == [[{"class": "circle", "position": ["left of", 0]}]] * 2 + [
+        None
+    ] * 2
     pictures = {row["file_name"]: (folder / row["file_name"]).read_bytes() for row in rows}
     assert len(set(pictures.values())) == 4
     args = train_sd3_soar.parse_args(["--pretrained_model_name_or_path", "x", "--train_data_dir", str(folder)])
@@ -216,6 +226,10 @@ def test_other_weights_draw_other_images_from_the_same_noise(generate, run, pipe
     assert pictures[0] != pictures[1]
     _, output = generate("base", "--transformer", full, expect=1)
     assert f"transformer was None, is '{full}'" in complaint(output)
+    weights = full / "transformer" / "diffusion_pytorch_model.safetensors"
+    save_file({name: tensor + 1 for name, tensor in load_file(weights).items()}, weights, {"format": "pt"})
+    _, output = generate("tuned", "--transformer", full, expect=1)  # trained again, as it were
+    assert "weights_digest was" in complaint(output)
 
 
 def test_lora_scale(generate, run):
@@ -256,6 +270,7 @@ def test_two_processes_draw_what_one_draws(generate, tmp_path):
         ("p.txt", "\n\n", "p.txt: no prompts"),
         ("p.txt", b"\xff\xfe\xfa", "p.txt is no text file"),
         ("p.txt", None, "p.txt: no such file"),
+        ("p.csv", "prompt\na\n", "p.csv: want .txt"),
     ],
 )
 def test_bad_prompts(generate, tmp_path, name, content, words):
@@ -273,6 +288,9 @@ def test_bad_places(call, generate, tmp_path):
     (tmp_path / "other" / "file").touch()
     _, output = generate("other", expect=1)
     assert "holds something else" in complaint(output)
+    for flag, value in (("--resolution", 100), ("--max_sequence_length", 1000), ("--lora", tmp_path / "other")):
+        _, output = generate("run", flag, value, expect=2)
+        assert flag in complaint(output)
     folder, output = generate("run", "--transformer", tmp_path / "nowhere", expect=1)
     assert f"--transformer {tmp_path / 'nowhere'}" in complaint(output) and not (folder / "images").exists()
     assert "has no metadata.jsonl" in complaint(call("score_images", tmp_path / "other", "--metrics", "ocr", expect=1))

@@ -15,11 +15,12 @@ there and whole is not drawn again, so an interrupted call is simply repeated.
 
     images/00012-0.png    prompt 12, image 0
     metadata.jsonl        a row an image: file_name, text, prompt_index, image_index, seed, and what the prompt's row
-                          had; written last, so it is there when all images are
+                          had, lists and objects as JSON under "more"; written last, when all images are there
     generation.json       with what they were drawn
 """
 
 import argparse
+import hashlib
 import inspect
 import json
 import os
@@ -39,6 +40,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import train_sd3_soar as script  # noqa: E402
 
 
+LORA_FILE = "pytorch_lora_weights.safetensors"
+OWN_FILES = ("images", "generation.json")  # what a call leaves that drew nothing
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -68,17 +71,27 @@ def parse_args(input_args=None):
     add = sampling.add_argument
     add("--num_inference_steps", type=script.at_least(1), default=40)
     add("--guidance_scale", type=script.at_least(0, float), default=4.5)
-    add("--resolution", type=script.at_least(16), help="Width and height in pixels. Default: the model's own.")
-    add("--max_sequence_length", type=script.at_least(1), help="T5 tokens. Default: the pipeline's own.")
+    add("--resolution", type=multiple_of_16, help="Width and height in pixels. Default: the model's own.")
+    add("--max_sequence_length", type=script.between(1, 512, int), help="T5 tokens. Default: the pipeline's own.")
     add("--batch_size", type=script.at_least(1), default=4, help="Images at once, on each process.")
     add("--seed", type=script.at_least(0), default=0)
     add("--output_dir", type=Path, required=True)
     args = parser.parse_args(input_args)
     if (args.prompts is None) == (args.dataset_name is None):
         parser.error("give exactly one of --prompts and --dataset_name")
+    if args.lora and os.path.isdir(args.lora) and not os.path.isfile(os.path.join(args.lora, LORA_FILE)):
+        parser.error(f"--lora {args.lora}: no {LORA_FILE} in that folder")
     if args.transformer and args.lora:
         parser.error("--transformer and --lora: give one; merge the LoRA first to have both")
     return args
+
+
+def multiple_of_16(text):
+    """Argparse type: a size in pixels that every pipeline takes."""
+    value = script.at_least(16)(text)
+    if value % 16:
+        raise argparse.ArgumentTypeError(f"must be divisible by 16, got {text}")
+    return value
 
 
 def read_prompts(args):
@@ -112,7 +125,10 @@ def read_prompts(args):
 
 
 def plan(args, prompts):
-    """The rows of `metadata.jsonl`: an image each, prompt by prompt."""
+    """
+    The rows of `metadata.jsonl`: an image each, prompt by prompt. What is no text or number in a prompt's row, such as
+    GenEval's `include`, goes into the text `more` as JSON: `datasets` reads the file as a table, one type a column.
+    """
     rows = []
     for index, prompt in enumerate(prompts):
         for image in range(args.images_per_prompt):
@@ -123,7 +139,11 @@ def plan(args, prompts):
                 "image_index": image,
                 "seed": script.derive_seed("image", args.seed, index, image) % 2**63,
             }
-            rows.append(row | {key: value for key, value in prompt.items() if key not in row})
+            others = {key: value for key, value in prompt.items() if key not in row}
+            flat = {key: value for key, value in others.items() if isinstance(value, str | int | float)}
+            if nested := {key: others[key] for key in others.keys() - flat.keys()}:
+                flat["more"] = json.dumps(nested, sort_keys=True, ensure_ascii=False)
+            rows.append(row | flat)
     return rows
 
 
@@ -137,22 +157,36 @@ def is_whole(path):
     return True
 
 
+def digest_weights(args):
+    """SHA-256 of what a local --transformer or --lora holds, as a run may be trained again; `None` of the hub's."""
+    folder = args.transformer or args.lora
+    if folder is None or not os.path.isdir(folder):
+        return None
+    digest = hashlib.sha256()
+    files = Path(folder).glob("transformer/*.safetensors" if args.transformer else LORA_FILE)
+    for path in tqdm(sorted(files), desc="Reading the weights", unit="file"):
+        with open(path, "rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
+
+
 def check_settings(args, rows):
     """
     Begin --output_dir, or make sure that what is in it was drawn in the same way, so that no folder mixes two models.
     """
     used = {name: value for name, value in vars(args).items() if name not in ("output_dir", "batch_size", "offload")}
     used = {name: str(value) if isinstance(value, Path) else value for name, value in used.items()}
-    used["prompts_digest"] = f"{script.derive_seed('prompts', *(row['text'] for row in rows)):016x}"
+    used["rows_digest"] = f"{script.derive_seed('rows', *(json.dumps(row, sort_keys=True) for row in rows)):016x}"
+    used["weights_digest"] = digest_weights(args)
     used["diffusers"] = diffusers.__version__
     path = args.output_dir / "generation.json"
-    if path.exists():
+    if path.exists() and any((args.output_dir / "images").glob("*.png")):
         with script.failing_with(f"{path} cannot be read"):
             before = json.loads(path.read_text())
         if changed := [name for name, value in used.items() if before.get(name) != value]:
             changed = "; ".join(f"{name} was {before.get(name)!r}, is {used[name]!r}" for name in changed)
             script.fail(f"{args.output_dir} holds images drawn otherwise: {changed}. Give another --output_dir")
-    elif args.output_dir.exists() and any(args.output_dir.iterdir()):
+    elif args.output_dir.exists() and any(part.name not in OWN_FILES for part in args.output_dir.iterdir()):
         script.fail(f"--output_dir {args.output_dir} holds something else: give another folder")
     return used
 
@@ -165,6 +199,9 @@ def load_pipeline(args, device):
     parts = {}
     with script.failing_with(f"--pretrained_model_name_or_path {source}"):
         config = DiffusionPipeline.load_config(source, revision=args.revision)
+    kind = getattr(diffusers, config["_class_name"])
+    if args.max_sequence_length and "max_sequence_length" not in inspect.signature(kind.__call__).parameters:
+        script.fail(f"--max_sequence_length: {kind.__name__} has no such thing")
     if args.transformer:
         if "transformer" not in config:
             script.fail(f"--transformer: {source} has none")
@@ -177,12 +214,13 @@ def load_pipeline(args, device):
         )
     if args.lora:
         with script.failing_with(f"--lora {args.lora}"):
-            pipeline.load_lora_weights(args.lora, weight_name="pytorch_lora_weights.safetensors", adapter_name="lora")
+            pipeline.load_lora_weights(args.lora, weight_name=LORA_FILE, adapter_name="lora")
             pipeline.set_adapters("lora", args.lora_scale)
-    if args.offload:
-        pipeline.enable_model_cpu_offload(device=device)
-    else:
-        pipeline.to(device)
+    with script.failing_with(f"--transformer {args.transformer}" if args.transformer else source):
+        if args.offload:
+            pipeline.enable_model_cpu_offload(device=device)
+        else:
+            pipeline.to(device)  # complains of weights that the files did not have
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
@@ -191,10 +229,7 @@ def load_pipeline(args, device):
 def draw(args, pipeline, rows):
     """The images of `rows`, each from its own noise, drawn on the CPU so that every device begins with the same."""
     options = {"height": args.resolution, "width": args.resolution, "max_sequence_length": args.max_sequence_length}
-    accepted = inspect.signature(pipeline.__call__).parameters
     options = {name: value for name, value in options.items() if value is not None}
-    if unknown := [f"--{name}" for name in options if name not in accepted]:
-        script.fail(f"{type(pipeline).__name__} does not take {', '.join(unknown)}")
     return pipeline(
         [row["text"] for row in rows],
         num_inference_steps=args.num_inference_steps,

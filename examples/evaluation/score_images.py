@@ -86,6 +86,7 @@ def read_run(folder):
             script.fail(f"{where} needs the fields `file_name` and `text`")
         if not script.is_inside(Path(folder, row["file_name"]), folder):
             script.fail(f"{where}: {row['file_name']} leads out of {folder}")
+        row |= json.loads(row.pop("more", "{}"))
         rows.append(row | {"image": {"path": str(Path(folder, row["file_name"])), "bytes": None}})
     return rows
 
@@ -206,7 +207,7 @@ def write_summary(folder, metric, summary):
     """Put a metric's summary into `scores.json`, beside those of the others."""
     path = folder / "scores.json"
     summaries = json.loads(path.read_text()) if path.exists() else {}
-    partial = path.with_name(".partial-scores.json")
+    partial = path.with_name(f".partial-{os.getpid()}-scores.json")
     partial.write_text(json.dumps(summaries | {metric: summary}, indent=2) + "\n")
     os.replace(partial, path)
 
