@@ -78,8 +78,10 @@ def run_folder(tmp_path):
     return folder
 
 
-def test_words_are_read_and_scored(call, run_folder):
+def test_words_are_read_and_scored(call, run_folder, monkeypatch):
     """Real weights. The summary is the mean of the scores, a second call scores nothing, and the mean lies inside."""
+    import ocr
+
     output = call("score_images", run_folder, "--metrics", "ocr")
     rows = [json.loads(line) for line in (run_folder / "scores" / "ocr.jsonl").read_text().splitlines()]
     assert [row["score"] for row in rows] == [1, 1, pytest.approx(2 / 3), 1]
@@ -91,6 +93,8 @@ def test_words_are_read_and_scored(call, run_folder):
     (run_folder / "scores" / "ocr.jsonl").write_bytes(before[:-10])  # cut off within the last line
     call("score_images", run_folder, "--metrics", "ocr")
     assert (run_folder / "scores" / "ocr.jsonl").read_bytes() == before
+    monkeypatch.setattr(ocr, "OCR", None)  # what is scored needs no scorer
+    call("score_images", run_folder, "--metrics", "ocr")
 
 
 def test_scoring_goes_on_after_what_is_bad(call, run_folder):
@@ -98,9 +102,11 @@ def test_scoring_goes_on_after_what_is_bad(call, run_folder):
     name = run_folder / "images" / "00001-0.png"
     name.write_bytes(name.read_bytes()[:200])
     (run_folder / "images" / "00002-0.png").unlink()
+    Image.new("RGB", (400, 2)).save(run_folder / "images" / "00003-0.png")  # the scorer refuses it, not its batch
     output = call("score_images", run_folder, "--metrics", "ocr", expect=1)
-    assert output.count("not scored: ") == 2 and "00001-0.png: OSError" in output and "00002-0.png" in output
-    assert json.loads((run_folder / "scores.json").read_text())["ocr"]["images"] == 2
+    assert output.count("not scored: ") == 3 and "00001-0.png: OSError" in output and "00002-0.png" in output
+    assert "00003-0.png: ValueError: an image of 400 x 2 pixels" in output
+    assert json.loads((run_folder / "scores.json").read_text())["ocr"]["images"] == 1
 
 
 @pytest.mark.parametrize(

@@ -29,6 +29,7 @@ from score_images import (
     read_scores,
     score,
     script,
+    unscored,
 )
 
 
@@ -79,12 +80,13 @@ def main(input_args=None):
 
     PartialState()  # for the log
     rows = read_data(args)
-    try:
-        scorer = load_scorer(args.metric, torch.device("cuda" if torch.cuda.is_available() else "cpu"), rows)
-    except Unavailable as error:
-        script.fail(f"--metric {args.metric} {error}")
-    for line in score(scorer, args.metric, rows, folder, args.batch_size):
-        print(f"not scored: {line}")
+    if missing := unscored(args.metric, rows, folder):
+        try:
+            scorer = load_scorer(args.metric, torch.device("cuda" if torch.cuda.is_available() else "cpu"), missing)
+        except Unavailable as error:
+            script.fail(f"--metric {args.metric} {error}")
+        for line in score(scorer, args.metric, missing, folder, args.batch_size):
+            print(f"not scored: {line}")
     scores = read_scores(folder / "scores" / f"{args.metric}.jsonl")
     scored = [(row, scores[row["file_name"]]["score"]) for row in rows if row["file_name"] in scores]
     if not scored:

@@ -10,6 +10,9 @@ read may score otherwise here and there.
 import numpy as np
 
 
+MAX_RATIO = 20  # of the sides: PP-OCR enlarges the shorter one, whatever becomes of the other
+
+
 def edit_distance(one, other):
     """Levenshtein's distance between two strings."""
     row = list(range(len(other) + 1))
@@ -70,6 +73,8 @@ class OCR:
         rows = []
         for image, record in zip(images, records, strict=True):
             wanted = wanted_text(record)
+            if max(image.size) > MAX_RATIO * min(image.size):
+                raise ValueError(f"an image of {image.width} x {image.height} pixels is too long to be read")
             found = self.reader(np.asarray(image)[:, :, ::-1])  # it wants BGR
             read = " ".join(found.txts or [])
             rows.append({"score": text_score(wanted, read), "wanted": wanted, "read": read})

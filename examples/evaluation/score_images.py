@@ -20,6 +20,7 @@ import importlib.util
 import json
 import os
 import sys
+from collections import defaultdict
 from pathlib import Path
 
 import compare
@@ -132,10 +133,13 @@ def load_scorer(metric, device, rows):
         print(f"{metric}: {repository}/{file}, {gigabytes} GB, {'cached' if cached else 'downloads now'}", flush=True)
     try:
         return scorer(device)
-    except (OSError, ImportError, ValueError) as error:  # offline, disk full; a package's parts; not those weights
-        files = "; ".join(f"hf download {repository} {file}" for repository, file, _ in scorer.files)
-        reason = " ".join(str(error).split())[:300]
-        raise Unavailable(f"cannot be loaded ({reason}); to fetch its files: {files}") from error
+    except Exception as error:  # offline, broken off, disk full, other weights: every library has its own words
+        repositories = defaultdict(list)
+        for repository, file, _ in scorer.files:
+            repositories[repository].append(file)
+        commands = [f"hf download {name} --include '*.json' '*.txt' {' '.join(f)}" for name, f in repositories.items()]
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        raise Unavailable(f"cannot be loaded ({reason}); to fetch its files: {'; '.join(commands)}") from error
 
 
 def read_scores(path):
@@ -148,14 +152,31 @@ def read_scores(path):
     return {row["file_name"]: row for _, row in script.read_json_lines(path)}
 
 
+def unscored(metric, rows, folder):
+    """The rows whose images have no score of a metric in a folder yet."""
+    done = read_scores(folder / "scores" / f"{metric}.jsonl")
+    return [row for row in rows if row["file_name"] not in done]
+
+
+def score_batch(scorer, images, rows):
+    """Pairs of row and result; where the scorer fails on a batch, image by image, with an `error` for a result."""
+    try:
+        with torch.no_grad():
+            return list(zip(rows, scorer(images, rows) if rows else [], strict=True))
+    except Exception as error:  # whatever a model or a reader raises on an image of an odd shape; reported
+        if len(rows) == 1:
+            return [(rows[0], {"error": f"{type(error).__name__}: {error}"})]
+    return [pair for image, row in zip(images, rows, strict=True) for pair in score_batch(scorer, [image], [row])]
+
+
 def score(scorer, metric, rows, folder, batch_size):
     """
-    Score the images of `rows` that have no score yet.
+    Score images, and append their scores to the metric's file.
 
     Args:
         scorer: Of [`load_scorer`].
         metric (`str`): Its name.
-        rows (`list[dict]`): Of [`read_run`] or [`read_data`].
+        rows (`list[dict]`): Of [`unscored`].
         folder (`pathlib.Path`): Where the scores are kept.
         batch_size (`int`): Images at once.
 
@@ -164,24 +185,23 @@ def score(scorer, metric, rows, folder, batch_size):
     """
     path = folder / "scores" / f"{metric}.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
-    done = read_scores(path)
-    missing = [row for row in rows if row["file_name"] not in done]
     broken = []
-    with open(path, "a", encoding="utf-8") as file, tqdm(total=len(missing), desc=metric, unit="image") as bar:
-        for start in range(0, len(missing), batch_size):
+    with open(path, "a", encoding="utf-8") as file, tqdm(total=len(rows), desc=metric, unit="image") as bar:
+        for start in range(0, len(rows), batch_size):
             batch, images = [], []
-            for row in missing[start : start + batch_size]:
+            for row in rows[start : start + batch_size]:
                 try:
                     images.append(script.read_image(row["image"])[0])
                     batch.append(row)
                 except Exception as error:  # a broken file raises whatever its decoder raises; reported, not scored
                     broken.append(f"{row['file_name']}: {type(error).__name__}: {error}")
-            with torch.no_grad():
-                found = scorer(images, batch) if batch else []
-            for row, result in zip(batch, found, strict=True):
-                file.write(json.dumps({"file_name": row["file_name"]} | result, ensure_ascii=False) + "\n")
+            for row, result in score_batch(scorer, images, batch):
+                if "error" in result:
+                    broken.append(f"{row['file_name']}: {result['error']}")
+                else:
+                    file.write(json.dumps({"file_name": row["file_name"]} | result, ensure_ascii=False) + "\n")
             file.flush()
-            bar.update(min(batch_size, len(missing) - start))
+            bar.update(min(batch_size, len(rows) - start))
     return broken
 
 
@@ -236,9 +256,12 @@ def main(input_args=None):
     failed, broken = [], []
     for metric in metrics:
         try:
-            scorer = load_scorer(metric, device, [row for rows in sets.values() for row in rows])
-            for folder, rows in sets.items():
-                broken += [f"{folder}: {line}" for line in score(scorer, metric, rows, folder, args.batch_size)]
+            missing = {folder: unscored(metric, rows, folder) for folder, rows in sets.items()}
+            if any(missing.values()):
+                scorer = load_scorer(metric, device, [row for rows in missing.values() for row in rows])
+                for folder, rows in missing.items():
+                    broken += [f"{folder}: {line}" for line in score(scorer, metric, rows, folder, args.batch_size)]
+                del scorer  # before the next one is loaded
         except Unavailable as error:
             failed.append(f"{metric}: {error}")
             continue
@@ -250,7 +273,6 @@ def main(input_args=None):
                 ends = [f"{end:.4f}" for end in (summary["low"], summary["high"]) if end is not None]
                 interval = f"[{', '.join(ends) or 'only one prompt'}]"
                 print(f"{folder}: {metric} {summary['mean']:.4f} {interval}, {summary['images']} images")
-        del scorer  # before the next one is loaded
     for line in dict.fromkeys(broken):
         print(f"not scored: {line}", file=sys.stderr)
     for line in failed:
