@@ -93,6 +93,8 @@ def test_words_are_read_and_scored(call, run_folder, monkeypatch):
     (run_folder / "scores" / "ocr.jsonl").write_bytes(before[:-10])  # cut off within the last line
     call("score_images", run_folder, "--metrics", "ocr")
     assert (run_folder / "scores" / "ocr.jsonl").read_bytes() == before
+    written("TEA").save(run_folder / "images" / "00002-0.png")  # another image of that name
+    assert "ocr 1.0000" in call("score_images", run_folder, "--metrics", "ocr")
     monkeypatch.setattr(ocr, "OCR", None)  # what is scored needs no scorer
     call("score_images", run_folder, "--metrics", "ocr")
 
@@ -154,7 +156,7 @@ def test_intervals():
         value = rng.normal()
         for image in range(3):  # the images of a prompt are alike: there are 400 draws here, not 1200
             name = f"{prompt}-{image}"
-            rows.append({"file_name": name, "text": str(prompt), "tag": "colors" if prompt < 100 else "position"})
+            rows.append({"digest": name, "text": str(prompt), "tag": "colors" if prompt < 100 else "position"})
             scores[name] = {"score": value}
     summary = score_images.summarise("clipscore", rows, scores)
     values = [score["score"] for score in scores.values()]

@@ -118,7 +118,11 @@ def read_run(folder):
                 fail(f"{path}: {row['file_name']} is not in metadata.jsonl, or its score is no number; score it again")
             image = files[row["file_name"]]
             image["scores"][path.stem] = score if score is not None and math.isfinite(score) else None
-            details = {k: v for k, v in row.items() if k not in ("file_name", "score") and v not in (None, "", [], {})}
+            details = {
+                k: v
+                for k, v in row.items()
+                if k not in ("file_name", "digest", "score") and v not in (None, "", [], {})
+            }
             image["notes"] += [f"{LABELS.get(path.stem, path.stem)} {k}: {str(v)[:300]}" for k, v in details.items()]
             if path.stem == "geneval" and image["tag"] is None:
                 fail(f'{folder}/metadata.jsonl: {image["file"]} has no "tag", the task that GenEval is averaged over')

@@ -88,7 +88,7 @@ def main(input_args=None):
         for line in score(scorer, args.metric, missing, folder, args.batch_size):
             print(f"not scored: {line}")
     scores = read_scores(folder / "scores" / f"{args.metric}.jsonl")
-    scored = [(row, scores[row["file_name"]]["score"]) for row in rows if row["file_name"] in scores]
+    scored = [(row, scores[row["digest"]]["score"]) for row in rows if row["digest"] in scores]
     if not scored:
         script.fail("no image has a score")
     values = [value for _, value in scored]

@@ -15,6 +15,7 @@ in the folder itself (a data set's go to --output_dir), and an image that has it
 """
 
 import argparse
+import hashlib
 import importlib
 import importlib.util
 import json
@@ -82,24 +83,38 @@ def read_run(folder):
     if not path.is_file():
         script.fail(f"{folder} has no metadata.jsonl: run generate_images.py to its end first")
     rows = []
-    for where, row in script.read_json_lines(path):
+    for where, row in tqdm(list(script.read_json_lines(path)), desc=f"Reading {folder}", unit="image"):
         if not isinstance(row.get("file_name"), str) or not isinstance(row.get("text"), str):
             script.fail(f"{where} needs the fields `file_name` and `text`")
         if not script.is_inside(Path(folder, row["file_name"]), folder):
             script.fail(f"{where}: {row['file_name']} leads out of {folder}")
         row |= json.loads(row.pop("more", "{}"))
-        rows.append(row | {"image": {"path": str(Path(folder, row["file_name"])), "bytes": None}})
+        rows.append(identify(row | {"image": {"path": str(Path(folder, row["file_name"])), "bytes": None}}))
     return rows
 
 
 def read_data(args):
     """The rows of a data set, `list[dict]`: `file_name`, `text`, `image`, and the `height` and `width` asked for."""
     rows = []
-    for index, row in enumerate(script.load_images(args)):
+    for index, row in enumerate(tqdm(script.load_images(args), desc="Reading", unit="image")):
         row["text"] = row.pop("caption") or ""
         row["file_name"] = name_of(args, index, row["image"])
-        rows.append(row)
+        rows.append(identify(row))
     return rows
+
+
+def identify(row):
+    """Add to a row a `digest` of its image and of all its fields: a score is reused for the very same only."""
+    image = row["image"] or {"path": None, "bytes": None}
+    if image["bytes"] is not None:
+        content = hashlib.sha256(image["bytes"]).hexdigest()
+    elif image["path"] and os.path.isfile(image["path"]):
+        with open(image["path"], "rb") as file:
+            content = hashlib.file_digest(file, "sha256").hexdigest()
+    else:
+        content = None
+    fields = json.dumps({key: value for key, value in row.items() if key != "image"}, sort_keys=True)
+    return row | {"digest": f"{script.derive_seed('score', content, fields):016x}"}
 
 
 def name_of(args, index, image):
@@ -143,19 +158,19 @@ def load_scorer(metric, device, rows):
 
 
 def read_scores(path):
-    """The rows of a scores file, by file name. A last line that an interruption cut off is dropped from the file."""
+    """The rows of a scores file, by digest. A last line that an interruption cut off is dropped from the file."""
     if not path.exists():
         return {}
     data = path.read_bytes()
     if not data.endswith(b"\n"):
         os.truncate(path, data.rfind(b"\n") + 1)
-    return {row["file_name"]: row for _, row in script.read_json_lines(path)}
+    return {row.get("digest"): row for _, row in script.read_json_lines(path)}
 
 
 def unscored(metric, rows, folder):
     """The rows whose images have no score of a metric in a folder yet."""
     done = read_scores(folder / "scores" / f"{metric}.jsonl")
-    return [row for row in rows if row["file_name"] not in done]
+    return [row for row in rows if row["digest"] not in done]
 
 
 def score_batch(scorer, images, rows):
@@ -199,7 +214,8 @@ def score(scorer, metric, rows, folder, batch_size):
                 if "error" in result:
                     broken.append(f"{row['file_name']}: {result['error']}")
                 else:
-                    file.write(json.dumps({"file_name": row["file_name"]} | result, ensure_ascii=False) + "\n")
+                    line = {"file_name": row["file_name"], "digest": row["digest"]} | result
+                    file.write(json.dumps(line, ensure_ascii=False) + "\n")
             file.flush()
             bar.update(min(batch_size, len(rows) - start))
     return broken
@@ -217,9 +233,9 @@ def summarise(metric, rows, scores):
     Returns:
         `dict`: what [`compare.summarise`] returns.
     """
-    scored = [row for row in rows if row["file_name"] in scores]
-    values = {(row["text"], row["file_name"]): scores[row["file_name"]]["score"] for row in scored}
-    tags = {(row["text"], row["file_name"]): row["tag"] for row in scored} if metric == "geneval" else None
+    scored = [row for row in rows if row["digest"] in scores]
+    values = {(row["text"], row["digest"]): scores[row["digest"]]["score"] for row in scored}
+    tags = {(row["text"], row["digest"]): row["tag"] for row in scored} if metric == "geneval" else None
     return compare.summarise(values, tags)
 
 
@@ -267,7 +283,7 @@ def main(input_args=None):
             continue
         for folder, rows in sets.items():
             scores = read_scores(folder / "scores" / f"{metric}.jsonl")
-            if any(row["file_name"] in scores for row in rows):
+            if any(row["digest"] in scores for row in rows):
                 summary = summarise(metric, rows, scores)
                 write_summary(folder, metric, summary)
                 ends = [f"{end:.4f}" for end in (summary["low"], summary["high"]) if end is not None]
