@@ -252,8 +252,8 @@ def draw_gap(gaps, path):
         column[1].set(xlabel="sigma (1 is noise)", ylabel="own error", yscale="log")
         for axis in column:
             axis.grid(alpha=0.3, which="both")
-        column[1].invert_xaxis()
     axes[0, 0].legend(fontsize=8)
+    axes[0, 0].invert_xaxis()  # of all, as they share it: sampling goes from noise to the right
     figure.savefig(path, dpi=90)
     plt.close(figure)
 
@@ -350,7 +350,7 @@ def main():
             print(f"Score by task, caption dropout {dropout:g}\n\n{task_table(runs, bases, dropout)}\n")
         if gaps := read_gaps(args.results, dropout):
             print(f"Changes of log errors from the base's, caption dropout {dropout:g}\n\n{gap_table(gaps)}\n")
-    if word_bases:
+    if any(word_runs.values()):
         print(f"Words, caption dropout 0.1, {MAIN_SETTING}\n\n{main_table(word_runs, word_bases, DROPOUTS[1])}\n")
         print(f"Paired differences of words\n\n{difference_table(word_runs, DROPOUTS[1], WORD_COLUMNS)}\n")
     if not args.no_pictures:
