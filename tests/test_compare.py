@@ -201,8 +201,12 @@ def test_published_figures(example, tmp_path):
     run(example, tmp_path / "out", write_run(tmp_path / "base", [("a", 0, None, {"ocr": 0.5})]))
     text = (tmp_path / "out" / "table.md").read_text().split("Published, not measured here (SOAR, arXiv 2604.12617")[1]
     rows = [line for line in text.splitlines() if line.startswith("|")]
-    assert rows[0] == "| metric | base | SFT | SOAR |" and len(rows) == 4
-    assert rows[2:] == ["| GenEval | 0.63 | 0.70 | 0.78 |", "| OCR | 0.59 | 0.64 | 0.67 |"]
+    assert rows[0] == "| metric | SD-XL | SD3.5-L | FLUX.1-dev | SD3.5-M | SD3.5-M SFT | SD3.5-M SOAR |"
+    assert rows[2:4] == [
+        "| GenEval | 0.55 | 0.71 | 0.66 | 0.63 | 0.70 | 0.78 |",
+        "| OCR | 0.14 | 0.68 | 0.59 | 0.59 | 0.64 | 0.67 |",
+    ]
+    assert len(rows) == 2 + len(example.LABELS) and all(row.count("|") == 8 for row in rows)
 
 
 # Files

@@ -10,9 +10,10 @@ import shutil
 import subprocess
 import sys
 
+import datasets
 import numpy as np
 import pytest
-from accelerate.state import PartialState
+from accelerate.state import AcceleratorState
 from conftest import ROOT
 from PIL import Image, ImageDraw, ImageFont
 from safetensors.torch import load_file, save_file
@@ -37,7 +38,7 @@ def call(capfd):
 
     def run_script(script, *arguments, expect=0):
         module = importlib.import_module(script)
-        PartialState._reset_state()  # as in a new process
+        AcceleratorState._reset_state(reset_partial_state=True)  # as in a new process
         try:
             code = module.main(list(map(str, arguments))) or 0
         except SystemExit as error:
@@ -156,8 +157,9 @@ def test_intervals():
         value = rng.normal()
         for image in range(3):  # the images of a prompt are alike: there are 400 draws here, not 1200
             name = f"{prompt}-{image}"
-            rows.append({"digest": name, "text": str(prompt), "tag": "colors" if prompt < 100 else "position"})
-            scores[name] = {"score": value}
+            tag = "colors" if prompt < 100 else "position"
+            rows.append({"digest": name, "file_name": name, "text": str(prompt), "tag": tag, "prompt_index": prompt})
+            scores[name] = {"score": value, "strict": value - (prompt < 100)}
     summary = score_images.summarise("clipscore", rows, scores)
     values = [score["score"] for score in scores.values()]
     assert summary["mean"] == pytest.approx(np.mean(values))
@@ -168,6 +170,13 @@ def test_intervals():
     means = {"colors": np.mean(values[:300]), "position": np.mean(values[300:])}
     assert {task: part["mean"] for task, part in summary["tasks"].items()} == pytest.approx(means)
     assert summary["mean"] == pytest.approx(sum(means.values()) / 2)
+    assert summary["strict"]["mean"] == pytest.approx(summary["mean"] - 0.5)
+    assert f"{summary['strict']['mean']:.4f} by the strict reading" in score_images.format_summary("geneval", summary)
+    for row in rows:  # a data set, all of one caption: its images are drawn again, each by itself
+        row["text"] = "a photo"
+        del row["prompt_index"]
+    summary = score_images.summarise("clipscore", rows, scores)
+    assert summary["high"] - summary["low"] == pytest.approx(2 * 1.96 * np.std(values) / 1200**0.5, rel=0.1)
 
 
 @pytest.fixture
@@ -221,6 +230,35 @@ def test_from_prompts_to_images(generate):
         )  # batches round otherwise
 
 
+def test_a_column_of_a_data_set_is_drawn(call, pipeline, tmp_path):
+    """Of a folder as of the hub; the first prompts only, in bfloat16, their T5 tokens cut off."""
+    (tmp_path / "set").mkdir()
+    prompts = [f"a photo of {'one very ' * n}long road" for n in (20, 0, 1)]
+    (tmp_path / "set" / "test.csv").write_text("Prompts,Category\n" + "".join(f"{p},x\n" for p in prompts))
+    source = ["--pretrained_model_name_or_path", pipeline, "--dataset_name", tmp_path / "set"]
+    fixed = ["--dataset_split", "test", "--max_prompts", 2, "--num_inference_steps", 1, "--resolution", 32]
+
+    def draw(name, *arguments, expect=0):
+        return call("generate_images", *source, *fixed, *arguments, "--output_dir", tmp_path / name, expect=expect)
+
+    assert "--prompt_column prompt: " in complaint(draw("none", expect=1))
+    column, pictures = ["--prompt_column", "Prompts"], {}
+    for name, flags in {
+        "full": [],
+        "bf16": ["--mixed_precision", "bf16"],
+        "cut": ["--max_sequence_length", 16],
+        "offload": ["--offload"],
+    }.items():
+        draw(name, *column, *flags)
+        rows = [json.loads(line) for line in (tmp_path / name / "metadata.jsonl").read_text().splitlines()]
+        assert [row["text"] for row in rows] == prompts[:2]
+        pictures[name] = [np.asarray(Image.open(tmp_path / name / row["file_name"]), dtype=int) for row in rows]
+    assert 0 < abs(pictures["bf16"][0] - pictures["full"][0]).mean() < 20
+    assert (pictures["cut"][0] != pictures["full"][0]).any()
+    assert abs(pictures["offload"][0] - pictures["full"][0]).max() <= 1
+    assert "`variant=nonsense`" in complaint(draw("none", *column, "--variant", "nonsense", expect=1))
+
+
 def test_other_weights_draw_other_images_from_the_same_noise(generate, run, pipeline):
     """A full fine-tune and a LoRA with its scale; none of them goes into another's folder."""
     full = run("train_sd3_soar", "--max_train_steps", 1, "--learning_rate", 0.01, "--resolution", 32)
@@ -263,7 +301,9 @@ def test_two_processes_draw_what_one_draws(generate, tmp_path):
     arguments += ["--prompts", settings["prompts"], "--num_inference_steps", "2", "--resolution", "32"]
     arguments += ["--images_per_prompt", "2", "--batch_size", "1", "--output_dir", str(tmp_path / "two")]
     environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    subprocess.run([sys.executable, *launch, HERE / "generate_images.py", *arguments], env=environment, check=True)
+    command = [sys.executable, *launch, HERE / "generate_images.py", *arguments]
+    done = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
+    assert re.search(r"Drawing: 100%.* 2/2 ", done.stderr)  # half of the four images
     assert (tmp_path / "two" / "metadata.jsonl").read_text() == (one / "metadata.jsonl").read_text()
     for path in (one / "images").iterdir():
         images = [np.asarray(Image.open(p), dtype=int) for p in (path, tmp_path / "two" / "images" / path.name)]
@@ -294,6 +334,10 @@ def test_bad_places(call, generate, tmp_path):
     """Folders that hold something else, missing weights, metrics that do not exist, prompts that ask for no text."""
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "file").touch()
+    (tmp_path / "foreign" / "images").mkdir(parents=True)
+    written("x", 32).save(tmp_path / "foreign" / "images" / "00000-0.png")
+    _, output = generate("foreign", expect=1)
+    assert "has images but no generation.json" in complaint(output)
     _, output = generate("other", expect=1)
     assert "holds something else" in complaint(output)
     for flag, value in (("--resolution", 100), ("--max_sequence_length", 1000), ("--lora", tmp_path / "other")):
@@ -328,15 +372,47 @@ def read_back(folder, *arguments):
     )
 
 
+def test_a_data_set_of_the_hub(call, tmp_path):
+    """Images within a table: scored, filtered and converted, none of their bytes kept in between."""
+    import score_images
+
+    shown = ["TEA", "TEN", "BREAD", "TEA"]
+    table = datasets.Dataset.from_dict({"picture": [written(text) for text in shown], "says": ['It says "TEA".'] * 4})
+    table = table.cast_column("picture", datasets.Image())
+    (tmp_path / "set").mkdir()
+    table.to_parquet(tmp_path / "set" / "train.parquet")
+    source = ["--dataset_name", tmp_path / "set", "--image_column", "picture", "--caption_column", "says"]
+    output = call("score_images", *source, "--metrics", "ocr", "--output_dir", tmp_path / "scores")
+    scores = [
+        json.loads(line)["score"]
+        for line in (tmp_path / "scores" / "scores" / "ocr.jsonl").read_text().split("\n")[:-1]
+    ]
+    assert scores == [1, pytest.approx(2 / 3), pytest.approx(scores[2]), 1] and scores[2] < 0.5
+    summary = json.loads((tmp_path / "scores" / "scores.json").read_text())["ocr"]
+    assert summary["low"] < summary["mean"] < summary["high"] and f"ocr {summary['mean']:.4f}" in output
+    call("filter_dataset", *source, "--metric", "ocr", "--top_fraction", 0.25, "--scores_dir", tmp_path / "scores",
+         "--to", "jsonl", "--resolution", 256, "--output_dir", tmp_path / "best")  # fmt: skip
+    best = ["--jsonl_path", tmp_path / "best" / "data.jsonl", "--image_dir", tmp_path / "best" / "images"]
+    assert [row[:3] for row in read_back(tmp_path, *best)] == [('It says "TEA".', 256, 256)] * 2  # a tie
+    args = train_sd3_soar.parse_args(["--pretrained_model_name_or_path", "x", *map(str, source)])
+    assert all(isinstance(row["image"], tuple) for row in score_images.read_data(args))
+    output = call("filter_dataset", *best, "--metric", "ocr", "--min_score", 1, "--output_dir", tmp_path / "again")
+    assert "2 of 2 images" in output
+
+
 def test_converted_data_are_the_same_data(call, photos, tmp_path):
     """Image folder to JSONL to image folder: same captions and bytes, in links; sizes are the nearest buckets'."""
     first, second = tmp_path / "jsonl", tmp_path / "folder"
-    buckets = ["--aspect_ratio_buckets", "512,512;256,768"]
+    buckets = ["--aspect_ratio_buckets", "512,512;416,608"]
     call("convert_jsonl", "--train_data_dir", photos, "--to", "jsonl", *buckets, "--output_dir", first)
     source = read_back(photos, "--train_data_dir", photos)
     jsonl = read_back(first, "--jsonl_path", first / "data.jsonl", "--image_dir", first / "images")
     assert [(row[0], row[3]) for row in jsonl] == [(row[0], row[3]) for row in source]
-    assert {row[1:3] for row in jsonl} <= {(512, 512), (256, 768)}
+    wide = {"a cat looking to the side", "a cup of coffee on a wooden table", "a rocket on its launch pad"}
+    wide |= {"old coins in rows"}  # nearer to 3:2 than to a square
+    assert {row[0]: row[1:3] for row in jsonl} == {
+        row[0]: (416, 608) if row[0] in wide else (512, 512) for row in jsonl
+    }
     for line in (first / "data.jsonl").read_text().splitlines():
         (path,) = (first / "images").glob(json.loads(line)["md5"] + ".*")
         assert hashlib.md5(path.read_bytes()).hexdigest() == path.stem and path.stat().st_nlink == 2
@@ -344,6 +420,11 @@ def test_converted_data_are_the_same_data(call, photos, tmp_path):
          "--output_dir", second)  # fmt: skip
     assert read_back(second, "--train_data_dir", second) == source
     assert all(path.stat().st_nlink == 1 for path in (second / "images").iterdir())
+    source = ["--jsonl_path", first / "data.jsonl", "--image_dir", first / "images", "--to", "jsonl"]
+    for name, flags in (("kept", []), ("square", ["--resolution", 256])):  # its own sizes, or those that are asked for
+        call("convert_jsonl", *source, *flags, "--output_dir", tmp_path / name)
+        sizes = [row[1:3] for row in read_back(tmp_path, "--jsonl_path", tmp_path / name / "data.jsonl", *source[2:4])]
+        assert sizes == ([row[1:3] for row in jsonl] if name == "kept" else [(256, 256)] * len(jsonl))
     output = call("convert_jsonl", "--train_data_dir", photos, "--output_dir", second, expect=2)
     assert "exists: choose another folder" in complaint(output)
 
@@ -388,14 +469,16 @@ def test_filtered_by_score(call, run_folder, tmp_path):
     (run_folder / "images" / "00003-0.png").write_bytes(b"no image")
     kept = tmp_path / "kept"
     arguments = ["--train_data_dir", run_folder, "--metric", "ocr", "--scores_dir", tmp_path / "scores"]
-    output = call("filter_dataset", *arguments, "--min_score", 0.9, "--output_dir", kept)
+    output = call("filter_dataset", *arguments, "--min_score", 0.9, "--output_dir", kept, expect=1)
     assert "not scored: images/00003-0.png" in output and "2 of 4 images" in output
     rows = [json.loads(line) for line in (kept / "metadata.jsonl").read_text().splitlines()]
     assert [(row["text"].split('"')[1], row["ocr"]) for row in rows] == [("BREAD", 1), ("open", 1)]
     assert len(read_back(kept, "--train_data_dir", kept)) == 2
     assert Image.open(tmp_path / "scores" / "ocr.png").size[0] > 300
     before = (tmp_path / "scores" / "scores" / "ocr.jsonl").read_bytes()
-    call("filter_dataset", *arguments, "--top_fraction", 1, "--to", "jsonl", "--output_dir", tmp_path / "all")
+    arguments += ["--to", "jsonl", "--output_dir", tmp_path / "all"]
+    call("filter_dataset", *arguments, "--top_fraction", 1, expect=1)  # of those that have a score
+    arguments = arguments[:6]
     assert (tmp_path / "scores" / "scores" / "ocr.jsonl").read_bytes() == before
     assert len((tmp_path / "all" / "data.jsonl").read_text().splitlines()) == 3
     output = call("filter_dataset", *arguments, "--min_score", 1.5, "--output_dir", tmp_path / "none", expect=1)

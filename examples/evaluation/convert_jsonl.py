@@ -6,7 +6,8 @@ Write a data set of any of the training scripts' formats as an image folder, or 
     python examples/evaluation/convert_jsonl.py --jsonl_path data.jsonl --image_dir images --output_dir out
 
 `jsonl` writes `data.jsonl`, for `--jsonl_path`, and `images/`, for `--image_dir`: each image is named by its MD5, and
-`bh` and `bw` are the size to train at, the nearest of the buckets. `image_folder` writes `images/` and
+`bh` and `bw` are the size to train at: the nearest of the buckets, or without a flag that names buckets, the source's
+own where it has them. `image_folder` writes `images/` and
 `metadata.jsonl`, for `--train_data_dir`. Images are hard links where they are files, as the scripts follow no link
 that leads out of the folder; --copy copies them.
 """
@@ -17,17 +18,15 @@ import io
 import json
 import os
 import shutil
+import sys
 import tempfile
 from pathlib import Path
 
 from accelerate import PartialState
 from diffusers.training_utils import find_nearest_bucket, generate_aspect_ratio_buckets, parse_buckets_string
 from PIL import Image
-from score_images import add_data_arguments, check_data_arguments, read_data, script
+from score_images import add_data_arguments, check_data_arguments, file_of, read_data, script
 from tqdm.auto import tqdm
-
-
-JSONL_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")  # what the scripts look for
 
 
 def add_output_arguments(parser):
@@ -36,7 +35,7 @@ def add_output_arguments(parser):
     add("--output_dir", type=Path, required=True, help="Folder to write, which must not exist.")
     add("--to", choices=["image_folder", "jsonl"], default="image_folder", help="Format. Default: image_folder.")
     add("--copy", action="store_true", help="Copy the images; hard links need the same file system.")
-    add("--resolution", type=script.at_least(16), default=512, help="Of `bh` and `bw`, as in the training scripts.")
+    add("--resolution", type=script.at_least(16), help="Of `bh` and `bw`. Default: the source's own, or 512.")
     add("--use_aspect_ratio_buckets", action="store_true", help="Several shapes of about --resolution^2.")
     add("--aspect_ratio_buckets", help='The shapes, as "height,width;height,width".')
 
@@ -44,13 +43,15 @@ def add_output_arguments(parser):
 def check_output_arguments(parser, args):
     """
     Refuse an output folder that exists, or would lie among the data; put the sizes to choose from, (height, width),
-    into `args.buckets`.
+    into `args.buckets`, and whether a source's own sizes are kept into `args.keep_sizes`.
     """
     if args.output_dir.exists():
         parser.error(f"--output_dir {args.output_dir} exists: choose another folder, or remove it")
     for source in filter(None, (args.train_data_dir, args.image_dir)):
         if script.is_inside(args.output_dir, source):
             parser.error(f"--output_dir {args.output_dir} is inside {source}, where its images would be read as data")
+    args.keep_sizes = not (args.resolution or args.aspect_ratio_buckets or args.use_aspect_ratio_buckets)
+    args.resolution = args.resolution or 512
     args.buckets = [(args.resolution, args.resolution)]
     if args.aspect_ratio_buckets:
         try:
@@ -109,12 +110,13 @@ def write_into(folder, args, rows, extra):
     bad = 0
     with open(folder / name, "w", encoding="utf-8") as file:
         for row, fields in zip(tqdm(rows, desc="Writing", unit="image"), extra or [{}] * len(rows), strict=True):
-            found = script.inspect_image(row["image"])
+            image = file_of(row)
+            found = script.inspect_image(image)
             if "error" in found:
                 print(f"left out: {row['file_name']}: {found['error']}")
                 bad += 1
                 continue
-            line, image = describe(args, row, found["size"])
+            line, image = describe(args, row, image, found["size"])
             target = folder / "images" / line.pop("target")
             if not target.exists():  # the same image with two captions
                 place(image, target, args.copy)
@@ -124,9 +126,8 @@ def write_into(folder, args, rows, extra):
     return bad
 
 
-def describe(args, row, size):
+def describe(args, row, image, size):
     """The line of an image of `size` (height, width), with its place under `target`; and the image, maybe as PNG."""
-    image = row["image"]
     data = Path(image["path"]).read_bytes() if image["bytes"] is None else image["bytes"]
     with Image.open(io.BytesIO(data)) as opened:
         suffix = {"JPEG": ".jpg", "MPO": ".jpg", "PNG": ".png", "WEBP": ".webp"}.get(opened.format)
@@ -136,7 +137,7 @@ def describe(args, row, size):
         data, suffix, image = buffer.getvalue(), ".png", {"bytes": buffer.getvalue(), "path": None}
     if args.to == "jsonl":
         height, width = row["height"], row["width"]
-        if not height:
+        if not (height and args.keep_sizes):
             height, width = args.buckets[find_nearest_bucket(*size, args.buckets)]
         md5 = hashlib.md5(data, usedforsecurity=False).hexdigest()
         return {"target": md5 + suffix, "md5": md5, "caption_en": row["text"], "bw": width, "bh": height}, image
@@ -158,6 +159,7 @@ def main(input_args=None):
     rows = read_data(args)
     bad = write_data_set(args, rows)
     print(f"{len(rows) - bad} images in {args.output_dir}, {bad} left out")
+    sys.exit(1 if bad else 0)
 
 
 if __name__ == "__main__":

@@ -10,9 +10,11 @@ Keep the images of a data set that a metric scores highest, to train on them.
 SOAR's experiments on single rewards train on such subsets: aesthetic score of at least 6.8, high CLIPScore. The output
 is what convert_jsonl.py writes, with the score in each line. Scores, and the histogram with the cut, are kept beside
 it, or in --scores_dir: give the same again to try another cut, or after an interruption, and nothing is scored twice.
+An image that cannot be scored is named and not kept, and the exit code is 1.
 """
 
 import argparse
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -99,6 +101,7 @@ def main(input_args=None):
         script.fail(f"no image scores at least {lowest:g}; the best has {max(values):g}, see {folder}")
     write_data_set(args, [row for row, _ in kept], [{args.metric: value} for _, value in kept])
     print(f"{len(kept)} of {len(rows)} images in {args.output_dir}; scores and histogram in {folder}")
+    sys.exit(1 if len(scored) < len(rows) else 0)
 
 
 if __name__ == "__main__":

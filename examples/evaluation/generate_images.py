@@ -15,7 +15,7 @@ there and whole is not drawn again, so an interrupted call is simply repeated.
 
     images/00012-0.png    prompt 12, image 0
     metadata.jsonl        a row an image: file_name, text, prompt_index, image_index, seed, and what the prompt's row
-                          had, lists and objects as JSON under "more"; written last, when all images are there
+                          had, lists and objects as JSON in "prompt_fields"; written last, when all is there
     generation.json       with what they were drawn
 """
 
@@ -30,7 +30,7 @@ from pathlib import Path
 import datasets
 import diffusers
 import torch
-from accelerate import PartialState
+from accelerate import Accelerator
 from diffusers import DiffusionPipeline
 from PIL import Image
 from tqdm.auto import tqdm
@@ -41,6 +41,7 @@ import train_sd3_soar as script  # noqa: E402
 
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
+NESTED = "prompt_fields"  # of metadata.jsonl: those that a table does not hold, as JSON
 OWN_FILES = ("images", "generation.json")  # what a call leaves that drew nothing
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -62,6 +63,7 @@ def parse_args(input_args=None):
     add = prompts.add_argument
     add("--prompts", type=Path, help=".txt with a prompt a line, or .jsonl with objects, as GenEval's metadata.")
     add("--dataset_name", help="Hub id or folder for `datasets.load_dataset`, for example sayakpaul/drawbench.")
+    add("--dataset_config_name", help="Configuration of --dataset_name.")
     add("--dataset_split", default="train")
     add("--prompt_column", default="prompt", help="Field of the .jsonl, or column of the data set.")
     add("--max_prompts", type=script.at_least(1), help="The first N prompts.")
@@ -99,7 +101,7 @@ def read_prompts(args):
     column = args.prompt_column
     if args.dataset_name:
         with script.failing_with(f"--dataset_name {args.dataset_name}"):
-            table = datasets.load_dataset(args.dataset_name, split=args.dataset_split)
+            table = datasets.load_dataset(args.dataset_name, args.dataset_config_name, split=args.dataset_split)
         if column not in table.column_names:
             script.fail(f"--prompt_column {column}: {args.dataset_name} has {', '.join(table.column_names)}")
         texts = [(f"{args.dataset_name}, row {i}", {column: text}) for i, text in enumerate(table[column])]
@@ -127,7 +129,7 @@ def read_prompts(args):
 def plan(args, prompts):
     """
     The rows of `metadata.jsonl`: an image each, prompt by prompt. What is no text or number in a prompt's row, such as
-    GenEval's `include`, goes into the text `more` as JSON: `datasets` reads the file as a table, one type a column.
+    GenEval's `include`, goes into one text as JSON: `datasets` reads the file as a table, of one type a column.
     """
     rows = []
     for index, prompt in enumerate(prompts):
@@ -140,9 +142,9 @@ def plan(args, prompts):
                 "seed": script.derive_seed("image", args.seed, index, image) % 2**63,
             }
             others = {key: value for key, value in prompt.items() if key not in row}
-            flat = {key: value for key, value in others.items() if isinstance(value, str | int | float)}
+            flat = {key: v for key, v in others.items() if isinstance(v, str | int | float) and key != NESTED}
             if nested := {key: others[key] for key in others.keys() - flat.keys()}:
-                flat["more"] = json.dumps(nested, sort_keys=True, ensure_ascii=False)
+                flat[NESTED] = json.dumps(nested, sort_keys=True, ensure_ascii=False)
             rows.append(row | flat)
     return rows
 
@@ -180,7 +182,9 @@ def check_settings(args, rows):
     used["weights_digest"] = digest_weights(args)
     used["diffusers"] = diffusers.__version__
     path = args.output_dir / "generation.json"
-    if path.exists() and any((args.output_dir / "images").glob("*.png")):
+    if any((args.output_dir / "images").glob("[!.]*.png")):
+        if not path.exists():
+            script.fail(f"--output_dir {args.output_dir} has images but no {path.name}: give another folder")
         with script.failing_with(f"{path} cannot be read"):
             before = json.loads(path.read_text())
         if changed := [name for name, value in used.items() if before.get(name) != value]:
@@ -216,10 +220,11 @@ def load_pipeline(args, device):
         with script.failing_with(f"--lora {args.lora}"):
             pipeline.load_lora_weights(args.lora, weight_name=LORA_FILE, adapter_name="lora")
             pipeline.set_adapters("lora", args.lora_scale)
-    with script.failing_with(f"--transformer {args.transformer}" if args.transformer else source):
-        if args.offload:
+    if args.offload:
+        with script.failing_with("--offload"):
             pipeline.enable_model_cpu_offload(device=device)
-        else:
+    else:
+        with script.failing_with(f"--transformer {args.transformer}" if args.transformer else source):
             pipeline.to(device)  # complains of weights that the files did not have
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
@@ -248,34 +253,35 @@ def write_whole(path, write):
 
 def main(input_args=None):
     args = parse_args(input_args)
-    state = PartialState()
+    accelerator = Accelerator()
     diffusers.utils.logging.set_verbosity_error()  # it tells of each long prompt that CLIP cuts it off
-    args.mixed_precision = args.mixed_precision or ("bf16" if state.device.type == "cuda" else "no")
+    args.mixed_precision = args.mixed_precision or ("bf16" if accelerator.device.type == "cuda" else "no")
     rows = plan(args, read_prompts(args))
     settings = check_settings(args, rows)
-    there = tqdm(rows, desc="Looking what is there", unit="image", disable=not state.is_main_process)
+    there = tqdm(rows, desc="Looking what is there", unit="image", disable=not accelerator.is_main_process)
     missing = [row for row in there if not is_whole(args.output_dir / row["file_name"])]
-    state.wait_for_everyone()  # all processes have looked before one writes
+    accelerator.wait_for_everyone()  # all processes have looked before one writes
     if missing:
-        pipeline = load_pipeline(args, state.device)
+        pipeline = load_pipeline(args, accelerator.device)
     (args.output_dir / "images").mkdir(parents=True, exist_ok=True)
-    if state.is_main_process:
+    if accelerator.is_main_process:
         print(f"{len(rows)} images, {len(rows) - len(missing)} of them there", flush=True)
         write_whole(args.output_dir / "generation.json", lambda p: p.write_text(json.dumps(settings, indent=2) + "\n"))
 
     batches = [missing[start : start + args.batch_size] for start in range(0, len(missing), args.batch_size)]
-    own = batches[state.process_index :: state.num_processes]
-    with tqdm(total=sum(map(len, own)), desc="Drawing", unit="image", disable=not state.is_main_process) as bar:
+    own = batches[accelerator.process_index :: accelerator.num_processes]
+    hidden = not accelerator.is_main_process
+    with tqdm(total=sum(map(len, own)), desc="Drawing", unit="image", disable=hidden) as bar:
         for batch in own:
             for row, image in zip(batch, draw(args, pipeline, batch), strict=True):
                 write_whole(args.output_dir / row["file_name"], lambda p, image=image: image.save(p, "PNG"))
             bar.update(len(batch))
-    state.wait_for_everyone()
-    if state.is_main_process:
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
         lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         write_whole(args.output_dir / "metadata.jsonl", lambda p: p.write_text(lines, encoding="utf-8"))
         print(f"Drawn: {args.output_dir}")
-    state.destroy_process_group()
+    accelerator.end_training()
 
 
 if __name__ == "__main__":

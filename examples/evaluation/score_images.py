@@ -28,6 +28,7 @@ import compare
 import huggingface_hub
 import torch
 from accelerate import PartialState
+from generate_images import NESTED
 from tqdm.auto import tqdm
 
 
@@ -88,19 +89,31 @@ def read_run(folder):
             script.fail(f"{where} needs the fields `file_name` and `text`")
         if not script.is_inside(Path(folder, row["file_name"]), folder):
             script.fail(f"{where}: {row['file_name']} leads out of {folder}")
-        row |= json.loads(row.pop("more", "{}"))
+        with script.failing_with(f"{where}: {NESTED} is no JSON object"):
+            row |= dict(json.loads(row.pop(NESTED, "{}")))
         rows.append(identify(row | {"image": {"path": str(Path(folder, row["file_name"])), "bytes": None}}))
     return rows
 
 
 def read_data(args):
     """The rows of a data set, `list[dict]`: `file_name`, `text`, `image`, and the `height` and `width` asked for."""
-    rows = []
-    for index, row in enumerate(tqdm(script.load_images(args), desc="Reading", unit="image")):
+    rows, table = [], script.load_images(args)
+    for index, row in enumerate(tqdm(table, desc="Reading", unit="image")):
         row["text"] = row.pop("caption") or ""
         row["file_name"] = name_of(args, index, row["image"])
-        rows.append(identify(row))
+        row = identify(row)
+        if row["image"] and row["image"]["bytes"] is not None:
+            row["image"] = (table, index)  # not its bytes: a data set is larger than the memory
+        rows.append(row)
     return rows
+
+
+def file_of(row):
+    """A row's image as a `dict` of the `bytes` of its file, or its `path`; `None` where it has none."""
+    if not isinstance(row["image"], tuple):
+        return row["image"]
+    table, index = row["image"]
+    return table[index]["image"]
 
 
 def identify(row):
@@ -206,7 +219,7 @@ def score(scorer, metric, rows, folder, batch_size):
             batch, images = [], []
             for row in rows[start : start + batch_size]:
                 try:
-                    images.append(script.read_image(row["image"])[0])
+                    images.append(script.read_image(file_of(row))[0])
                     batch.append(row)
                 except Exception as error:  # a broken file raises whatever its decoder raises; reported, not scored
                     broken.append(f"{row['file_name']}: {type(error).__name__}: {error}")
@@ -223,7 +236,8 @@ def score(scorer, metric, rows, folder, batch_size):
 
 def summarise(metric, rows, scores):
     """
-    The mean over the images that have a score, with its 95 % bootstrap interval; of GenEval, that of its tasks' means.
+    The mean over the images that have a score, with its 95 % bootstrap interval; of GenEval, that of its tasks' means,
+    and "strict", the same by its strict reading. Prompts are drawn again, or of a data set, which has none, images.
 
     Args:
         metric (`str`): Its name.
@@ -233,19 +247,35 @@ def summarise(metric, rows, scores):
     Returns:
         `dict`: what [`compare.summarise`] returns.
     """
-    scored = [row for row in rows if row["digest"] in scores]
-    values = {(row["text"], row["digest"]): scores[row["digest"]]["score"] for row in scored}
-    tags = {(row["text"], row["digest"]): row["tag"] for row in scored} if metric == "geneval" else None
-    return compare.summarise(values, tags)
+    keys = [(row["text" if "prompt_index" in row else "file_name"], row["digest"]) for row in rows]
+    rows = {key: row for key, row in zip(keys, rows, strict=True) if row["digest"] in scores}
+    tags = {key: row["tag"] for key, row in rows.items()} if metric == "geneval" else None
+
+    def mean_of(field):
+        return compare.summarise({key: scores[row["digest"]][field] for key, row in rows.items()}, tags)
+
+    return mean_of("score") | ({"strict": mean_of("strict")} if metric == "geneval" else {})
 
 
-def write_summary(folder, metric, summary):
-    """Put a metric's summary into `scores.json`, beside those of the others."""
+def write_summaries(folder, rows):
+    """Write `scores.json` from all scores of a folder, those of another process at work there included."""
+    summaries = {}
+    for metric in METRICS:
+        scores = read_scores(folder / "scores" / f"{metric}.jsonl")
+        if any(row["digest"] in scores for row in rows):
+            summaries[metric] = summarise(metric, rows, scores)
     path = folder / "scores.json"
-    summaries = json.loads(path.read_text()) if path.exists() else {}
     partial = path.with_name(f".partial-{os.getpid()}-scores.json")
-    partial.write_text(json.dumps(summaries | {metric: summary}, indent=2) + "\n")
+    partial.write_text(json.dumps(summaries, indent=2) + "\n")
     os.replace(partial, path)
+    return summaries
+
+
+def format_summary(metric, summary):
+    """A line on a metric: mean, interval, number of images."""
+    ends = [f"{end:.4f}" for end in (summary["low"], summary["high"]) if end is not None]
+    strict = f", {summary['strict']['mean']:.4f} by the strict reading" if "strict" in summary else ""
+    return f"{metric} {summary['mean']:.4f} [{', '.join(ends) or 'of one, none'}]{strict}, {summary['images']} images"
 
 
 def main(input_args=None):
@@ -282,13 +312,8 @@ def main(input_args=None):
             failed.append(f"{metric}: {error}")
             continue
         for folder, rows in sets.items():
-            scores = read_scores(folder / "scores" / f"{metric}.jsonl")
-            if any(row["digest"] in scores for row in rows):
-                summary = summarise(metric, rows, scores)
-                write_summary(folder, metric, summary)
-                ends = [f"{end:.4f}" for end in (summary["low"], summary["high"]) if end is not None]
-                interval = f"[{', '.join(ends) or 'only one prompt'}]"
-                print(f"{folder}: {metric} {summary['mean']:.4f} {interval}, {summary['images']} images")
+            if summary := write_summaries(folder, rows).get(metric):
+                print(f"{folder}: {format_summary(metric, summary)}")
     for line in dict.fromkeys(broken):
         print(f"not scored: {line}", file=sys.stderr)
     for line in failed:
