@@ -136,7 +136,7 @@ def parse_args(input_args=None):
     add("--random_flip", action="store_true", help="Mirror half of the images.")
     add("--use_aspect_ratio_buckets", action="store_true", help="Train at several shapes of about --resolution^2.")
     add("--aspect_ratio_buckets", help='The shapes, as "height,width;height,width"; implies the flag above.')
-    add("--max_sequence_length", type=between(1, 512, int), default=256, help="T5 tokens of all prompts.")
+    add("--max_sequence_length", type=between(1, 512, int), default=256, help="T5 tokens; sample with as many.")
     add("--cond_dropout_rate", type=between(0, 1), default=0.0, help="Share of samples trained with an empty caption.")
     add("--cache_latents", action="store_true", help="Encode every image once, to disk; keeps one crop an image.")
     add("--cache_prompt_embeds", action="store_true", help="Encode every caption once, to disk.")
@@ -1296,7 +1296,8 @@ def save_result(args, accelerator, transformer, images):
         *rows,
         "## Use\n\n```python\nimport torch\nfrom diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline\n\n"
         f"base, result = {base!r}, {title!r}  # `result` may also be a local folder\n{usage}\n"
-        f"image = pipeline({next(iter(images), 'a prompt')!r}).images[0]\n```",
+        f"prompt = {next(iter(images), 'a prompt')!r}\n"
+        f"image = pipeline(prompt, max_sequence_length={args.max_sequence_length}).images[0]\n```",
         f"## Command\n\n```bash\naccelerate launch {args.command}\n```",
         f"## Settings\n\n```json\n{arguments}\n```\n",
     ]

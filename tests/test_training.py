@@ -73,7 +73,7 @@ def generate(pipeline):
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_train_checkpoint_resume_finish_load_generate(script, run, pipeline, tmp_path):
+def test_train_checkpoint_resume_finish_load_generate(script, run, pipeline, tmp_path, monkeypatch):
     arguments = ("--max_train_steps", 4, "--checkpointing_steps", 2, "--checkpoints_total_limit", 1, "--use_ema")
     whole = run(script, *arguments, "--output_dir", tmp_path / "whole", "--validation_prompt", "a cat")
     part = tmp_path / "part"
@@ -97,6 +97,12 @@ def test_train_checkpoint_resume_finish_load_generate(script, run, pipeline, tmp
     assert (whole / "validation" / "step-4.png").exists()
     card = (whole / "README.md").read_text()
     assert "samples/0-0.png" in card and f"{script}.py --max_train_steps 4" in card
+    monkeypatch.chdir(tmp_path)
+    drawn = {}
+    exec(card.split("```python\n")[1].split("```")[0], drawn)  # as its reader would; `whole` is a local folder
+    assert np.asarray(drawn["image"]).std() > 1
+    length = json.loads((whole / "training_args.json").read_text())["max_sequence_length"]
+    assert f"pipeline(prompt, max_sequence_length={length})" in card
     assert (whole / "samples" / "0-0.png").exists()
     assert json.loads((whole / "training_args.json").read_text())["max_train_steps"] == 4
 

@@ -74,7 +74,7 @@ def parse_args(input_args=None):
     add("--num_inference_steps", type=script.at_least(1), default=40)
     add("--guidance_scale", type=script.at_least(0, float), default=4.5)
     add("--resolution", type=multiple_of_16, help="Width and height in pixels. Default: the model's own.")
-    add("--max_sequence_length", type=script.between(1, 512, int), help="T5 tokens. Default: the pipeline's own.")
+    add("--max_sequence_length", type=script.between(1, 512, int), help="T5 tokens, as in training. Default: its own.")
     add("--batch_size", type=script.at_least(1), default=4, help="Images at once, on each process.")
     add("--seed", type=script.at_least(0), default=0)
     add("--output_dir", type=Path, required=True)

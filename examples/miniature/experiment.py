@@ -93,11 +93,10 @@ def plan(size):
         return [Run(arm, 0.1, 0, 0) for arm in MAIN_ARMS]
     runs = []
     for seed in range(3):
-        runs += [Run(arm, 0.1, base, seed) for base in (0, 1, "words") for arm in MAIN_ARMS]
-        runs += [Run(arm, 0.1, 0, seed) for arm in OTHER_ARMS]
-        runs += [Run(arm, 0.0, base, seed) for base in (0, 1) for arm in MAIN_ARMS]
-        runs += [Run(arm, 0.0, 0, seed) for arm in OTHER_ARMS]
-    return runs
+        for dropout in reversed(DROPOUTS):
+            runs += [Run(arm, dropout, base, seed) for base in range(2) for arm in MAIN_ARMS]
+            runs += [Run(arm, dropout, 0, seed) for arm in OTHER_ARMS]
+    return runs + [Run(arm, 0.1, "words", seed) for seed in range(3) for arm in MAIN_ARMS]
 
 
 def call(log, *command, threads=1):
