@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 from experiment import (
     ARMS,
+    CHECKPOINT_SETTINGS,
     CHECKPOINTS,
     DROPOUTS,
     GUIDANCES,
@@ -29,7 +30,7 @@ from experiment import (
     name_of,
     world_of,
 )
-from world import TASKS
+from world import TASKS, TIMES
 
 
 MAIN_SETTING = name_of(*MAIN)
@@ -49,6 +50,7 @@ PAIRS = [
     ("SOAR K=40", "SFT"),
     ("SOAR K=40", "SFT x 7"),
     ("SOAR K=40", "true state"),
+    ("SOAR K=40", "sigma mixture"),
     ("SOAR K=10", "SFT"),
     ("SOAR K=10", "SFT x 7"),
     ("SOAR K=10", "true state"),
@@ -292,16 +294,19 @@ def draw_scores(runs, bases, path):
 
 
 def draw_steps(runs, bases, path):
-    """Score against optimizer steps, and against forwards of the model, which is the cost."""
+    """Score against optimizer steps, and against forwards of the model, which is the cost; on the same prompts."""
     from matplotlib import pyplot as plt
+
+    def score(scores):  # a checkpoint has seen the first prompts of each task only
+        return outcomes(scores, MAIN_SETTING, "lenient")[:, : TIMES * CHECKPOINT_SETTINGS[MAIN]].mean()
 
     figure, axes = plt.subplots(1, 2, figsize=(12, 4.5), layout="constrained", sharey=True)
     for arm in MAIN_ARMS:
         found = {k: r for k, r in runs[arm].items() if k[0] == DROPOUTS[1]}
         steps = [step for step in (*CHECKPOINTS, STEPS) if all(step in r for r in found.values())]
         if found:
-            values = [[outcomes(r[step], MAIN_SETTING, "lenient").mean() for step in steps] for r in found.values()]
-            start = np.mean([outcomes(s, MAIN_SETTING, "lenient").mean() for s in bases.values()])
+            values = [[score(r[step]) for step in steps] for r in found.values()]
+            start = np.mean([score(s) for s in bases.values()])
             means, errors = np.mean(values, 0), np.std(values, 0) / max(len(values) - 1, 1) ** 0.5
             for axis, factor in zip(axes, (1, 8 * FORWARDS.get(arm, 22) / 1000), strict=True):
                 places = [0, *(step * factor for step in steps)]
