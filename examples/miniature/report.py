@@ -215,6 +215,17 @@ def difference_table(runs, dropout, columns=SHAPE_COLUMNS):
     return table(["difference", *columns], rows)
 
 
+def dropout_table(runs):
+    """A row an arm: what it loses or gains without caption dropout."""
+    rng, rows = np.random.default_rng(0), []
+    for arm in ARMS:
+        without, with_dropout = (finished(runs, {}, arm, dropout) for dropout in DROPOUTS)
+        if without.keys() & with_dropout.keys():
+            row = [difference(without, with_dropout, name_of(*s), key, rng) for s, key in SHAPE_COLUMNS.values()]
+            rows.append([arm, *row])
+    return table(["dropout 0 - dropout 0.1", *SHAPE_COLUMNS], rows)
+
+
 def read_gaps(folder, dropout):
     """What `measure_exposure_bias.py` wrote for the groups of main arms: a `dict` a base and seed."""
     return [json.loads(path.read_text()) for path in sorted(folder.glob(f"gap-dropout{dropout:g}-*.json"))]
@@ -355,6 +366,8 @@ def main():
             print(f"Score by task, caption dropout {dropout:g}\n\n{task_table(runs, bases, dropout)}\n")
         if gaps := read_gaps(args.results, dropout):
             print(f"Changes of log errors from the base's, caption dropout {dropout:g}\n\n{gap_table(gaps)}\n")
+    if any(key[0] == DROPOUTS[0] for found in runs.values() for key in found):
+        print(f"Paired differences, without caption dropout - with\n\n{dropout_table(runs)}\n")
     if any(word_runs.values()):
         print(f"Words, caption dropout 0.1, {MAIN_SETTING}\n\n{main_table(word_runs, word_bases, DROPOUTS[1])}\n")
         print(f"Paired differences of words\n\n{difference_table(word_runs, DROPOUTS[1], WORD_COLUMNS)}\n")
