@@ -249,6 +249,38 @@ def test_from_scenes_to_the_table(tmp_path):
         assert (results / f"{name}.png").exists()
 
 
+def test_paired_differences():
+    """Mean, interval and signs against the plain loops; of an arm with itself there is nothing to tell."""
+    report = importlib.import_module("report")
+    rng, tasks, prompts = np.random.default_rng(0), 6, 100
+    arms = []
+    for rates in ([0.5, 0.5, 0.5], [0.4, 0.6, 0.2]):
+        hits = [rng.random(tasks * prompts) < rate for rate in rates]
+        scores = [{"test": {"here": {"lenient": "".join(map(str, map(int, run)))}}} for run in hits]
+        arms.append(({(0, seed): run for seed, run in enumerate(scores)}, np.reshape(hits, (3, tasks, prompts)) * 1.0))
+    (one, first), (other, second) = arms
+    means = []
+    for _ in range(1500):
+        runs, columns = rng.integers(3, size=3), rng.integers(prompts, size=(tasks, prompts))
+        drawn = [(first - second)[run, task][columns[task]].mean() for run in runs for task in range(tasks)]
+        means.append(np.mean(drawn))
+    text = report.difference(one, other, "here", "lenient")
+    found = re.fullmatch(r"(\S+) \[(\S+), (\S+)\], 2 of 3", text)
+    assert float(found[1]) == pytest.approx((first - second).mean(), abs=6e-4)
+    assert [float(found[2]), float(found[3])] == pytest.approx(list(np.quantile(means, [0.025, 0.975])), abs=0.015)
+    assert report.difference(one, one, "here", "lenient") == "+0.000 [+0.000, +0.000], 3 of 3"
+
+
+def test_figures_of_the_text():
+    """Every figure that the text of a README names about the experiment is in one of its tables."""
+    readme = (HERE / "README.md").read_text()
+    results = readme.split("## Results")[1].split("## Set-up")[0]
+    tables = "\n".join(re.findall(r"^\|.*", readme, flags=re.MULTILINE))
+    text = re.sub(r"^\|.*", "", results, flags=re.MULTILINE)
+    figures = re.findall(r"[+-]?0\.\d{2,3}", text)
+    assert len(figures) > 5 and [figure for figure in figures if figure not in tables] == []
+
+
 def test_tables_of_the_readme():
     """Every table of the report on the committed results is in the README, and no other table of figures is."""
     report = [sys.executable, HERE / "report.py", HERE / "results", "--no_pictures"]

@@ -9,6 +9,7 @@ Prints Markdown; writes scores.png, steps.png, gap.png, samples.png and words.pn
 """
 
 import argparse
+import functools
 import json
 import re
 from collections import defaultdict
@@ -145,7 +146,7 @@ def main_table(runs, bases, dropout):
 
 def summary_table(runs, bases, word_runs, word_bases):
     """A row a main arm, caption dropout 0.1: score and right letters, and their differences from SFT's."""
-    rng, rows = np.random.default_rng(0), []
+    rows = []
     worlds = [(runs, bases, "lenient"), (word_runs, word_bases, "letters")]
     for arm in ["base", *MAIN_ARMS]:
         row = [arm]
@@ -155,7 +156,7 @@ def summary_table(runs, bases, word_runs, word_bases):
                 spread([outcomes(scores, MAIN_SETTING, key).mean() for scores in found.values()]) if found else ""
             )
             has_pairs = arm not in ("base", "SFT") and found.keys() & sft.keys()
-            row.append(difference(found, sft, MAIN_SETTING, key, rng) if has_pairs else "")
+            row.append(difference(found, sft, MAIN_SETTING, key) if has_pairs else "")
         rows.append([*row, "0" if arm == "base" else str(FORWARDS.get(arm, 22))])
     return table(["", "score", "- SFT", "letters", "- SFT", "forwards"], rows)
 
@@ -171,22 +172,27 @@ def task_table(runs, bases, dropout):
     return table(["arm", *(task.replace("_", " ") for task in TASKS)], rows)
 
 
-def difference(one, other, setting, key, rng, draws=2000):
+@functools.cache
+def bootstrap(runs, tasks, prompts, draws=4000):
+    """How often each draw has each run, `(draws, runs)`, and each prompt of a task, `(draws, tasks * prompts)`."""
+    rng = np.random.default_rng(0)
+    chosen_runs = rng.multinomial(runs, np.full(runs, 1 / runs), size=draws)
+    chosen_prompts = rng.multinomial(prompts, np.full(prompts, 1 / prompts), size=(draws, tasks))
+    return chosen_runs, chosen_prompts.reshape(draws, -1)
+
+
+def difference(one, other, setting, key):
     """Mean paired difference of two arms' outcomes, its interval, and in how many pairs of runs it has its sign."""
     pairs = [
         outcomes(one[k], setting, key) - outcomes(other[k], setting, key) for k in sorted(one.keys() & other.keys())
     ]
     pairs = np.array(pairs)
-    runs, tasks, prompts = pairs.shape
-    means = []
-    for _ in range(draws):
-        chosen = pairs[rng.integers(runs, size=runs)]
-        columns = rng.integers(prompts, size=(tasks, prompts))
-        means.append(np.take_along_axis(chosen, columns[None], 2).mean())
+    chosen_runs, chosen_prompts = bootstrap(*pairs.shape)
+    means = (chosen_runs @ pairs.reshape(len(pairs), -1) * chosen_prompts).sum(1) / pairs.size
     low, high = np.quantile(means, [0.025, 0.975])
     mean = pairs.mean()
     same = (np.sign(pairs.mean((1, 2))) == np.sign(mean)).sum()
-    return f"{mean:+.3f} [{low:+.3f}, {high:+.3f}], {same} of {runs}"
+    return f"{mean:+.3f} [{low:+.3f}, {high:+.3f}], {same} of {len(pairs)}"
 
 
 SHAPE_COLUMNS = {
@@ -206,22 +212,22 @@ WORD_COLUMNS = {
 
 def difference_table(runs, dropout, columns=SHAPE_COLUMNS):
     """A row a pair of arms; in how many runs the difference has the sign of the mean."""
-    rng, rows = np.random.default_rng(0), []
+    rows = []
     for one, other in PAIRS:
         first, second = (finished(runs, {}, arm, dropout) for arm in (one, other))
         if first.keys() & second.keys():
-            differences = [difference(first, second, name_of(*s), key, rng) for s, key in columns.values()]
+            differences = [difference(first, second, name_of(*s), key) for s, key in columns.values()]
             rows.append([f"{one} - {other}", *differences])
     return table(["difference", *columns], rows)
 
 
 def dropout_table(runs):
     """A row an arm: what it loses or gains without caption dropout."""
-    rng, rows = np.random.default_rng(0), []
+    rows = []
     for arm in ARMS:
         without, with_dropout = (finished(runs, {}, arm, dropout) for dropout in DROPOUTS)
         if without.keys() & with_dropout.keys():
-            row = [difference(without, with_dropout, name_of(*s), key, rng) for s, key in SHAPE_COLUMNS.values()]
+            row = [difference(without, with_dropout, name_of(*s), key) for s, key in SHAPE_COLUMNS.values()]
             rows.append([arm, *row])
     return table(["dropout 0 - dropout 0.1", *SHAPE_COLUMNS], rows)
 
