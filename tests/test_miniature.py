@@ -281,11 +281,34 @@ def test_figures_of_the_text():
     assert len(figures) > 5 and [figure for figure in figures if figure not in tables] == []
 
 
+def test_sentences_of_the_readme():
+    """What the main README says of the committed results holds: by intervals, and of the gap in each group of runs."""
+    report = importlib.import_module("report")
+    runs, bases = report.read(HERE / "results", "world")
+    arms = {arm: report.finished(runs, bases, arm, 0.1) for arm in report.MAIN_ARMS}
+
+    def interval(one, other):
+        text = report.difference(arms[one], arms[other], report.MAIN_SETTING, "lenient")
+        return [float(end) for end in re.search(r"\[(\S+), (\S+)\]", text).groups()]
+
+    assert all(len(found) == 6 for found in arms.values())
+    assert interval("SOAR K=40", "SFT")[0] > 0 > interval("SOAR K=40", "SFT x 7")[1]
+    low, high = interval("SOAR K=40", "true state")
+    assert -0.02 < low < 0 < high < 0.02
+    gaps = report.read_gaps(HERE / "results", 0.1)
+    assert len(gaps) == 6
+    for gap in gaps:
+        change = {
+            r["model"]: r["gap_change"] for r in gap["summary"] if r["num_own_steps"] == 4 and r["model"] != "base"
+        }
+        assert change["soar_k10"] < 0 and change["soar_k40"] < min(change["sft"], change["true_state"])
+
+
 def test_tables_of_the_readme():
     """Every table of the report on the committed results is in the README, and no other table of figures is."""
     report = [sys.executable, HERE / "report.py", HERE / "results", "--no_pictures"]
     printed = subprocess.run(report, capture_output=True, text=True, check=True).stdout
     tables = re.findall(r"(?:^\|.*\n)+", printed, flags=re.MULTILINE)
     readme = (HERE / "README.md").read_text()
-    assert len(tables) >= 3
+    assert len(tables) >= 3 and tables[0] in (ROOT / "README.md").read_text()
     assert [t for t in re.findall(r"(?:^\|.*\n)+", readme, flags=re.MULTILINE) if "--:" in t] == tables
