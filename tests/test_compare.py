@@ -209,7 +209,31 @@ def test_published_figures(example, tmp_path):
     assert len(rows) == 2 + len(example.LABELS) and all(row.count("|") == 8 for row in rows)
 
 
+def test_legend(example, tmp_path, monkeypatch):
+    """A name a run in its colour, also of one that the first metric lacks, and whatever the name."""
+    from matplotlib.colors import to_rgba
+    from matplotlib.figure import Figure
+
+    legends, legend = [], Figure.legend
+    monkeypatch.setattr(Figure, "legend", lambda *args, **kwargs: legends.append(legend(*args, **kwargs)))
+    scores = [{"ocr": 0.5, "aesthetic": 5.0}, {"aesthetic": 6.0}, {"ocr": 0.1}]
+    names = ["_base", "$x^$", "other"]
+    folders = [write_run(tmp_path / str(i), [("a", 0, None, found)]) for i, found in enumerate(scores)]
+    run(example, tmp_path / "out", *(f"{name}={folder}" for name, folder in zip(names, folders, strict=True)))
+    assert [text.get_text().replace("\\$", "$") for text in legends[0].get_texts()] == names
+    colors = [patch.get_facecolor() for patch in legends[0].get_patches()]
+    assert colors == [to_rgba(color) for color in example.COLORS[:3]]
+
+
 # Files
+
+
+def test_files_outside_of_a_run(example, tmp_path):
+    folder = write_run(tmp_path / "run", [("a", 0, None, {"ocr": 0.5})])
+    path = folder / "metadata.jsonl"
+    path.write_text(path.read_text().replace("images/", "../other/"))
+    with pytest.raises(SystemExit, match="leads out of"):
+        run(example, tmp_path / "out", folder)
 
 
 def test_unreadable_images_are_counted(example, tmp_path, capsys):
@@ -461,6 +485,22 @@ def test_page_of_500_prompts(browser, large):
     assert "two object" in table and "Published, not measured here" in table and "SOAR 0.78" in table
     asked = [e["params"]["request"]["url"] for e in browser.events if e["method"] == "Network.requestWillBeSent"]
     assert asked and all(url.startswith(("data:", page.as_uri())) for url in asked)
+    assert browser.complaints() == []
+
+
+def test_runs_in_the_order_of_the_call(browser, example, tmp_path):
+    """Also where their names are numbers, which JavaScript sorts; and a card that was clicked on is the one opened."""
+    names, texts = ["base", "1000", "500"], ["first", "second"]
+    for place, name in enumerate(names):
+        write_run(tmp_path / name, [(text, 0, None, {"ocr": 0.1 + place / 10}) for text in texts])
+    run(example, tmp_path / "out", *(tmp_path / name for name in names))
+    browser.open(tmp_path / "out" / "report.html")
+    assert browser.run("document.title") == "base, 1000, 500"
+    card = browser.run("document.querySelector('article').textContent")
+    assert re.search("base.*1000.*500", card, re.DOTALL) and re.search("0.100.*0.200.*0.300", card, re.DOTALL)
+    browser.run("document.querySelectorAll('article')[1].focus()")  # as a click does
+    browser.press("Enter")
+    assert browser.run("document.querySelector('dialog h2').textContent") == "second"
     assert browser.complaints() == []
 
 

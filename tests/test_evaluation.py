@@ -96,6 +96,8 @@ def test_words_are_read_and_scored(call, run_folder, monkeypatch):
     assert (run_folder / "scores" / "ocr.jsonl").read_bytes() == before
     written("TEA").save(run_folder / "images" / "00002-0.png")  # another image of that name
     assert "ocr 1.0000" in call("score_images", run_folder, "--metrics", "ocr")
+    rows = [json.loads(line) for line in (run_folder / "scores" / "ocr.jsonl").read_text().splitlines()]
+    assert sorted(row["file_name"] for row in rows) == [f"images/{i:05d}-0.png" for i in range(4)]  # none of what was
     monkeypatch.setattr(ocr, "OCR", None)  # what is scored needs no scorer
     call("score_images", run_folder, "--metrics", "ocr")
 
@@ -185,7 +187,7 @@ def generate(call, pipeline, tmp_path):
     prompts = tmp_path / "prompts.jsonl"
     rows = [
         {"prompt": "a red circle", "tag": "colors", "include": [{"class": "circle", "position": ["left of", 0]}]},
-        {"prompt": 'a sign "A"', "tag": "word", "file_name": "x"},
+        {"prompt": 'a sign "A"', "tag": "word", "file_name": "x", "image": "y", "text": "z", "include": "none"},
     ]
     prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
     fixed = ["--num_inference_steps", 2, "--resolution", 32, "--images_per_prompt", 2]
@@ -208,9 +210,10 @@ def test_from_prompts_to_images(generate):
     assert [row["tag"] for row in rows] == ["colors"] * 2 + ["word"] * 2
     assert rows[2]["file_name"] == "images/00001-0.png" and len({row["seed"] for row in rows}) == 4
     scored = score_images.read_run(folder)
-    assert [row.get("include") for row in scored] == [[{"class": "circle", "position": ["left of", 0]}]] * 2 + [
-        None
-    ] * 2
+    include = [{"class": "circle", "position": ["left of", 0]}]
+    assert [row["include"] for row in scored] == [include] * 2 + ["none"] * 2
+    assert [row["text"] for row in scored] == [row["text"] for row in rows] and "image" not in rows[2]
+    assert json.loads(rows[2]["prompt_fields"])["text"] == "z"
     pictures = {row["file_name"]: (folder / row["file_name"]).read_bytes() for row in rows}
     assert len(set(pictures.values())) == 4
     args = train_sd3_soar.parse_args(["--pretrained_model_name_or_path", "x", "--train_data_dir", str(folder)])
@@ -276,6 +279,29 @@ def test_other_weights_draw_other_images_from_the_same_noise(generate, run, pipe
     save_file({name: tensor + 1 for name, tensor in load_file(weights).items()}, weights, {"format": "pt"})
     _, output = generate("tuned", "--transformer", full, expect=1)  # trained again, as it were
     assert "weights_digest was" in complaint(output)
+    _, output = generate("inner", "--transformer", full / "transformer", expect=1)
+    assert "no transformer/*.safetensors in that folder" in complaint(output)
+
+
+def test_a_base_that_changes_and_a_list_that_does_not(generate, pipeline, tmp_path, monkeypatch):
+    """Other weights in the base's own folder are refused; the same prompts by another path are not."""
+    base = shutil.copytree(pipeline, tmp_path / "base")
+    generate("run", "--pretrained_model_name_or_path", base)
+    monkeypatch.chdir(tmp_path)
+    _, output = generate("run", "--pretrained_model_name_or_path", base, "--prompts", "prompts.jsonl")
+    assert "4 images, 4 of them there" in output
+    weights = base / "transformer" / "diffusion_pytorch_model.safetensors"
+    save_file({name: tensor + 1 for name, tensor in load_file(weights).items()}, weights, {"format": "pt"})
+    _, output = generate("run", "--pretrained_model_name_or_path", base, expect=1)
+    assert "weights_digest was" in complaint(output)
+
+
+def test_a_prompt_a_line(generate, tmp_path):
+    """Lines end where text editors end them, with a carriage return or without."""
+    (tmp_path / "p.txt").write_bytes("one\u2028 still one\r\n\ntwo\x0c still two\n".encode())
+    folder, _ = generate("run", prompts=tmp_path / "p.txt")
+    rows = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().split("\n")[:-1]]
+    assert [row["text"] for row in rows[::2]] == ["one\u2028 still one", "two\x0c still two"]
 
 
 def test_lora_scale(generate, run):
@@ -344,7 +370,9 @@ def test_bad_places(call, generate, tmp_path):
         _, output = generate("run", flag, value, expect=2)
         assert flag in complaint(output)
     folder, output = generate("run", "--transformer", tmp_path / "nowhere", expect=1)
-    assert f"--transformer {tmp_path / 'nowhere'}" in complaint(output) and not (folder / "images").exists()
+    assert f"--transformer {tmp_path / 'nowhere'}" in complaint(output) and not (folder / "metadata.jsonl").exists()
+    _, output = generate("other/file", expect=1)
+    assert f"--output_dir {tmp_path / 'other' / 'file'}" in complaint(output)
     assert "has no metadata.jsonl" in complaint(call("score_images", tmp_path / "other", "--metrics", "ocr", expect=1))
     assert "choose from ocr" in complaint(call("score_images", tmp_path, "--metrics", "nice", expect=2))
     folder, _ = generate("run")
@@ -358,11 +386,13 @@ def test_missing_weights_leave_the_other_metrics(run_folder, tmp_path):
     command = [sys.executable, HERE / "score_images.py", run_folder, "--metrics", "pickscore,ocr"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 1 and "Traceback" not in done.stderr
-    assert "hf download yuvalkirstain/PickScore_v1" in complaint(done.stderr)
+    command = re.search(r"hf download yuvalkirstain/PickScore_v1 (.*)", complaint(done.stderr))[1]
+    assert re.fullmatch(r"--include '\*\.json' --include '\*\.txt' --include 'model[\w.-]*'.*", command)
+    assert command.count("'") == 2 * command.count("--include")  # a flag takes one pattern
     assert set(json.loads((run_folder / "scores.json").read_text())) == {"ocr"}
 
 
-def read_back(folder, *arguments):
+def read_back(*arguments):
     """What the training scripts read: captions, sizes and digests, sorted."""
     args = train_sd3_soar.parse_args(["--pretrained_model_name_or_path", "x", *map(str, arguments)])
     rows = train_sd3_soar.load_images(args)
@@ -393,7 +423,7 @@ def test_a_data_set_of_the_hub(call, tmp_path):
     call("filter_dataset", *source, "--metric", "ocr", "--top_fraction", 0.25, "--scores_dir", tmp_path / "scores",
          "--to", "jsonl", "--resolution", 256, "--output_dir", tmp_path / "best")  # fmt: skip
     best = ["--jsonl_path", tmp_path / "best" / "data.jsonl", "--image_dir", tmp_path / "best" / "images"]
-    assert [row[:3] for row in read_back(tmp_path, *best)] == [('It says "TEA".', 256, 256)] * 2  # a tie
+    assert [row[:3] for row in read_back(*best)] == [('It says "TEA".', 256, 256)] * 2  # a tie
     args = train_sd3_soar.parse_args(["--pretrained_model_name_or_path", "x", *map(str, source)])
     assert all(isinstance(row["image"], tuple) for row in score_images.read_data(args))
     output = call("filter_dataset", *best, "--metric", "ocr", "--min_score", 1, "--output_dir", tmp_path / "again")
@@ -405,8 +435,8 @@ def test_converted_data_are_the_same_data(call, photos, tmp_path):
     first, second = tmp_path / "jsonl", tmp_path / "folder"
     buckets = ["--aspect_ratio_buckets", "512,512;416,608"]
     call("convert_jsonl", "--train_data_dir", photos, "--to", "jsonl", *buckets, "--output_dir", first)
-    source = read_back(photos, "--train_data_dir", photos)
-    jsonl = read_back(first, "--jsonl_path", first / "data.jsonl", "--image_dir", first / "images")
+    source = read_back("--train_data_dir", photos)
+    jsonl = read_back("--jsonl_path", first / "data.jsonl", "--image_dir", first / "images")
     assert [(row[0], row[3]) for row in jsonl] == [(row[0], row[3]) for row in source]
     wide = {"a cat looking to the side", "a cup of coffee on a wooden table", "a rocket on its launch pad"}
     wide |= {"old coins in rows"}  # nearer to 3:2 than to a square
@@ -418,12 +448,12 @@ def test_converted_data_are_the_same_data(call, photos, tmp_path):
         assert hashlib.md5(path.read_bytes()).hexdigest() == path.stem and path.stat().st_nlink == 2
     call("convert_jsonl", "--jsonl_path", first / "data.jsonl", "--image_dir", first / "images", "--copy",
          "--output_dir", second)  # fmt: skip
-    assert read_back(second, "--train_data_dir", second) == source
+    assert read_back("--train_data_dir", second) == source
     assert all(path.stat().st_nlink == 1 for path in (second / "images").iterdir())
     source = ["--jsonl_path", first / "data.jsonl", "--image_dir", first / "images", "--to", "jsonl"]
     for name, flags in (("kept", []), ("square", ["--resolution", 256])):  # its own sizes, or those that are asked for
         call("convert_jsonl", *source, *flags, "--output_dir", tmp_path / name)
-        sizes = [row[1:3] for row in read_back(tmp_path, "--jsonl_path", tmp_path / name / "data.jsonl", *source[2:4])]
+        sizes = [row[1:3] for row in read_back("--jsonl_path", tmp_path / name / "data.jsonl", *source[2:4])]
         assert sizes == ([row[1:3] for row in jsonl] if name == "kept" else [(256, 256)] * len(jsonl))
     output = call("convert_jsonl", "--train_data_dir", photos, "--output_dir", second, expect=2)
     assert "exists: choose another folder" in complaint(output)
@@ -436,13 +466,24 @@ def test_conversion_touches_nothing_else(call, photos, tmp_path, caplog):
     written("unlisted").save(source / "unlisted.png")
     output = call("convert_jsonl", "--train_data_dir", source, "--output_dir", tmp_path / "data")
     assert "8 images in" in output and "1 images in" in caplog.text and "are not listed" in caplog.text
-    assert len(read_back(tmp_path / "data", "--train_data_dir", tmp_path / "data")) == 8
+    assert len(read_back("--train_data_dir", tmp_path / "data")) == 8
     assert len(list(source.iterdir())) == 10
     output = call("convert_jsonl", "--train_data_dir", source, "--output_dir", source / "more", expect=2)
     assert "is inside" in complaint(output)
+    output = call("convert_jsonl", "--dataset_name", source, "--output_dir", source / "more", expect=2)
+    assert "is inside" in complaint(output)
+    arguments = ["--metric", "ocr", "--min_score", 1, "--scores_dir", source / "scores"]
+    output = call("filter_dataset", "--train_data_dir", source, *arguments, "--output_dir", tmp_path / "x", expect=2)
+    assert f"{source / 'scores'} is inside" in complaint(output)
+    arguments = ["--metrics", "ocr", "--output_dir", tmp_path / "empty"]
+    output = call("score_images", "--train_data_dir", source, *arguments, "--max_train_samples", 1, expect=1)
+    assert "has no text in double quotes" in complaint(output)
     (tmp_path / "file").touch()
     output = call("convert_jsonl", "--train_data_dir", source, "--output_dir", tmp_path / "file" / "x", expect=1)
     assert "--output_dir" in complaint(output)
+    arguments = ["--metrics", "ocr", "--output_dir", tmp_path / "file"]
+    output = call("score_images", "--train_data_dir", source, *arguments, expect=1)
+    assert f"{tmp_path / 'file'} cannot hold scores" in complaint(output)
 
 
 def test_what_is_converted_is_what_training_sees(call, tmp_path):
@@ -473,7 +514,7 @@ def test_filtered_by_score(call, run_folder, tmp_path):
     assert "not scored: images/00003-0.png" in output and "2 of 4 images" in output
     rows = [json.loads(line) for line in (kept / "metadata.jsonl").read_text().splitlines()]
     assert [(row["text"].split('"')[1], row["ocr"]) for row in rows] == [("BREAD", 1), ("open", 1)]
-    assert len(read_back(kept, "--train_data_dir", kept)) == 2
+    assert len(read_back("--train_data_dir", kept)) == 2
     assert Image.open(tmp_path / "scores" / "ocr.png").size[0] > 300
     before = (tmp_path / "scores" / "scores" / "ocr.jsonl").read_bytes()
     arguments += ["--to", "jsonl", "--output_dir", tmp_path / "all"]

@@ -291,6 +291,13 @@ def test_relations(geneval, dx, dy, size, expected):
             "prompt 7: class 'mouse' is none of GenEval's: person, ",
         ),
         ({"exclude": [{"class": "unicorn", "count": 1}]}, "prompt 7: class 'unicorn' is none"),
+        ({"include": ["cat"]}, "prompt 7: want a `class`, a `count` and"),
+        ({"include": [{"class": "cat"}]}, "prompt 7: want a `class`, a `count` and"),
+        ({"include": [{"count": 1}]}, "prompt 7: class None is none"),
+        (
+            {"include": [{"class": "cat", "count": 1, "position": ["above"]}]},
+            "prompt 7: want a `class`, a `count` and",
+        ),
         ({"include": [{"class": "tv", "count": 1, "color": "gray"}]}, "prompt 7: color 'gray' is none"),
         ({"include": [{"class": "tv", "count": 1, "position": ["near", 0]}]}, "prompt 7: relation 'near' is none"),
         ({"include": [{"class": "tv", "count": 1, "position": ["above", 0]}]}, "prompt 7: target 0 is none"),

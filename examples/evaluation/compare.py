@@ -67,7 +67,9 @@ def fail(message):
 
 
 def parse_args(input_args=None):
-    parser = argparse.ArgumentParser(description="Compare scored runs by numbers and side by side.")
+    parser = argparse.ArgumentParser(
+        description="Compare scored runs by numbers and side by side.", allow_abbrev=False
+    )
     parser.add_argument("runs", nargs="+", metavar="NAME=FOLDER", help="Scored runs; differences are from the first.")
     parser.add_argument("--output_dir", type=Path, default=Path("comparison"))
     parser.add_argument("--thumbnail_size", type=int, default=256, help="Longer side in the page, in pixels.")
@@ -111,6 +113,8 @@ def read_run(folder):
             fail(
                 f'{folder}/metadata.jsonl: {row["file_name"]} is twice there, or its "text" or "image_index" is wrong'
             )
+        if not (folder / row["file_name"]).resolve().is_relative_to(folder.resolve()):
+            fail(f"{folder}/metadata.jsonl: {row['file_name']} leads out of {folder}")
         tag = row["tag"] if isinstance(row.get("tag"), str) else None
         image = {"file": row["file_name"], "tag": tag, "seed": row.get("seed"), "scores": {}, "notes": []}
         images[*pair, seen[pair]] = files[row["file_name"]] = image
@@ -259,6 +263,7 @@ def format_table(comparison):
 def draw(comparison, path):
     """Save the means as bars with their intervals: a panel a metric, that of GenEval with its tasks."""
     from matplotlib.figure import Figure  # what else there is here is used without it, too
+    from matplotlib.patches import Patch
 
     names = list(comparison["runs"])
     panels = [list(lines_of({metric: row})) for metric, row in comparison["scores"].items()]
@@ -273,12 +278,14 @@ def draw(comparison, path):
             ends = [(s["mean"], s["mean"]) if s["low"] is None else (s["low"], s["high"]) for _, s in found]
             errors = np.abs(np.reshape(ends, (-1, 2)).T - means)
             color = COLORS[i % len(COLORS)]
-            axis.bar(places, means, 0.76 / len(names), yerr=errors, color=color, ecolor="#444", label=name)
+            axis.bar(places, means, 0.76 / len(names), yerr=errors, color=color, ecolor="#444")
         ticks = [label.partition(": ")[2].replace("_", "\n") or "all tasks" for label, _ in lines]
         axis.set_xticks(range(len(lines)), ticks if len(lines) > 1 else [""], fontsize=8)
         axis.set_title(lines[0][0], fontsize=10)
         axis.spines[["top", "right"]].set_visible(False)
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(names), frameon=False)
+    handles = [Patch(color=COLORS[i % len(COLORS)]) for i in range(len(names))]
+    labels = [name.replace("$", r"\$") for name in names]  # which would begin a formula
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(names), frameon=False)
     figure.savefig(path, dpi=130)
 
 
@@ -363,7 +370,8 @@ def main(args):
         "published": PUBLISHED,
     }
     labels = {metric: LABELS.get(metric, metric) for metric in scores}
-    page = {"comparison": comparison, "labels": labels, "colors": COLORS, "size": args.thumbnail_size, "cards": cards}
+    page = {"comparison": comparison, "runs": list(runs), "labels": labels, "colors": COLORS}
+    page |= {"size": args.thumbnail_size, "cards": cards}
     # ASCII, in which a browser keeps a string in half the memory; and no prompt can end the script element.
     block = json.dumps(page, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
     # Written beside and then renamed, so that the folder is never half a comparison, nor of two of them.

@@ -47,9 +47,10 @@ def check_output_arguments(parser, args):
     """
     if args.output_dir.exists():
         parser.error(f"--output_dir {args.output_dir} exists: choose another folder, or remove it")
-    for source in filter(None, (args.train_data_dir, args.image_dir)):
-        if script.is_inside(args.output_dir, source):
-            parser.error(f"--output_dir {args.output_dir} is inside {source}, where its images would be read as data")
+    for folder in filter(None, (args.output_dir, getattr(args, "scores_dir", None))):
+        for source in filter(None, (args.train_data_dir, args.image_dir, args.dataset_name)):
+            if os.path.isdir(source) and script.is_inside(folder, source):
+                parser.error(f"{folder} is inside {source}, where its images would be read as data")
     args.keep_sizes = not (args.resolution or args.aspect_ratio_buckets or args.use_aspect_ratio_buckets)
     args.resolution = args.resolution or 512
     args.buckets = [(args.resolution, args.resolution)]
@@ -122,7 +123,7 @@ def write_into(folder, args, rows, extra):
                 place(image, target, args.copy)
             file.write(json.dumps(line | fields, ensure_ascii=False) + "\n")
     if bad == len(rows):
-        script.fail("no image could be read")
+        script.fail("no image could be read" if rows else "the data set is empty")
     return bad
 
 

@@ -27,6 +27,7 @@ from score_images import (
     add_data_arguments,
     check_data_arguments,
     load_scorer,
+    make_folder,
     read_data,
     read_scores,
     score,
@@ -82,6 +83,7 @@ def main(input_args=None):
 
     PartialState()  # for the log
     rows = read_data(args)
+    make_folder(folder)
     if missing := unscored(args.metric, rows, folder):
         try:
             scorer = load_scorer(args.metric, torch.device("cuda" if torch.cuda.is_available() else "cpu"), missing)

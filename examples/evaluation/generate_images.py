@@ -14,8 +14,8 @@ there and whole is not drawn again, so an interrupted call is simply repeated.
 --output_dir becomes an image folder that `--train_data_dir` reads, too:
 
     images/00012-0.png    prompt 12, image 0
-    metadata.jsonl        a row an image: file_name, text, prompt_index, image_index, seed, and what the prompt's row
-                          had, lists and objects as JSON in "prompt_fields"; written last, when all is there
+    metadata.jsonl        a row an image: file_name, text, prompt_index, image_index, seed, tag if the prompt's row had
+                          one, and its other fields as JSON in "prompt_fields"; written last, when all is there
     generation.json       with what they were drawn
 """
 
@@ -41,7 +41,7 @@ import train_sd3_soar as script  # noqa: E402
 
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
-NESTED = "prompt_fields"  # of metadata.jsonl: those that a table does not hold, as JSON
+NESTED = "prompt_fields"  # of metadata.jsonl: as JSON, for a table has one type a column, and may use their names
 OWN_FILES = ("images", "generation.json")  # what a call leaves that drew nothing
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -97,7 +97,7 @@ def multiple_of_16(text):
 
 
 def read_prompts(args):
-    """The rows of the prompt list, `list[dict]`, each with its prompt under `text`; a bad line ends the program."""
+    """The prompts and the other fields of their rows, `list[tuple[str, dict]]`; a bad line ends the program."""
     column = args.prompt_column
     if args.dataset_name:
         with script.failing_with(f"--dataset_name {args.dataset_name}"):
@@ -113,39 +113,35 @@ def read_prompts(args):
         script.fail(f"--prompts {args.prompts}: want .txt with a prompt a line, or .jsonl with an object a line")
     else:
         with script.failing_with(f"--prompts {args.prompts} is no text file"):
-            lines = args.prompts.read_text(encoding="utf-8-sig").splitlines()
+            lines = args.prompts.read_text(encoding="utf-8-sig").split("\n")  # not at what else ends a line in Unicode
         texts = [(f"{args.prompts}, line {n}", {column: line}) for n, line in enumerate(lines, 1) if line.strip()]
-    rows = []
+    prompts = []
     for where, row in texts[: args.max_prompts]:
         if not isinstance(row.get(column), str) or not row[column].strip():
             script.fail(f"{where}: no text in {column!r}; --prompt_column names the field of the prompt")
-        row = dict(row)
-        rows.append({"text": row.pop(column).strip()} | {key: row[key] for key in row if key != "text"})
-    if not rows:
+        prompts.append((row[column].strip(), {key: value for key, value in row.items() if key != column}))
+    if not prompts:
         script.fail(f"{args.prompts or args.dataset_name}: no prompts")
-    return rows
+    return prompts
 
 
 def plan(args, prompts):
-    """
-    The rows of `metadata.jsonl`: an image each, prompt by prompt. What is no text or number in a prompt's row, such as
-    GenEval's `include`, goes into one text as JSON: `datasets` reads the file as a table, of one type a column.
-    """
+    """The rows of `metadata.jsonl`: an image each, prompt by prompt."""
     rows = []
-    for index, prompt in enumerate(prompts):
+    for index, (prompt, fields) in enumerate(prompts):
         for image in range(args.images_per_prompt):
             row = {
                 "file_name": f"images/{index:05d}-{image}.png",
-                "text": prompt["text"],
+                "text": prompt,
                 "prompt_index": index,
                 "image_index": image,
                 "seed": script.derive_seed("image", args.seed, index, image) % 2**63,
             }
-            others = {key: value for key, value in prompt.items() if key not in row}
-            flat = {key: v for key, v in others.items() if isinstance(v, str | int | float) and key != NESTED}
-            if nested := {key: others[key] for key in others.keys() - flat.keys()}:
-                flat[NESTED] = json.dumps(nested, sort_keys=True, ensure_ascii=False)
-            rows.append(row | flat)
+            if isinstance(fields.get("tag"), str):  # GenEval's task, which the comparison filters by
+                row["tag"] = fields["tag"]
+            if others := {key: value for key, value in fields.items() if row.get(key) != value}:
+                row[NESTED] = json.dumps(others, sort_keys=True, ensure_ascii=False)
+            rows.append(row)
     return rows
 
 
@@ -160,13 +156,20 @@ def is_whole(path):
 
 
 def digest_weights(args):
-    """SHA-256 of what a local --transformer or --lora holds, as a run may be trained again; `None` of the hub's."""
-    folder = args.transformer or args.lora
-    if folder is None or not os.path.isdir(folder):
+    """SHA-256 of the weights in local folders, as these may be trained again; `None` where all is the hub's."""
+    sources = {"pretrained_model_name_or_path": "*/*", "transformer": "transformer/*", "lora": LORA_FILE}
+    files = []
+    for flag, pattern in sources.items():
+        folder = getattr(args, flag)
+        if folder is not None and os.path.isdir(folder):
+            found = sorted(path for path in Path(folder).glob(pattern) if path.suffix == ".safetensors")
+            if not found:
+                script.fail(f"--{flag} {folder}: no {pattern.removesuffix('.safetensors')}.safetensors in that folder")
+            files += found
+    if not files:
         return None
     digest = hashlib.sha256()
-    files = Path(folder).glob("transformer/*.safetensors" if args.transformer else LORA_FILE)
-    for path in tqdm(sorted(files), desc="Reading the weights", unit="file"):
+    for path in tqdm(files, desc="Reading the weights", unit="file"):
         with open(path, "rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()
@@ -187,11 +190,15 @@ def check_settings(args, rows):
             script.fail(f"--output_dir {args.output_dir} has images but no {path.name}: give another folder")
         with script.failing_with(f"{path} cannot be read"):
             before = json.loads(path.read_text())
-        if changed := [name for name, value in used.items() if before.get(name) != value]:
+        # One list of prompts may be called by many paths; `rows_digest` tells whether it is the same.
+        if changed := [name for name, value in used.items() if before.get(name) != value and name != "prompts"]:
             changed = "; ".join(f"{name} was {before.get(name)!r}, is {used[name]!r}" for name in changed)
             script.fail(f"{args.output_dir} holds images drawn otherwise: {changed}. Give another --output_dir")
-    elif args.output_dir.exists() and any(part.name not in OWN_FILES for part in args.output_dir.iterdir()):
-        script.fail(f"--output_dir {args.output_dir} holds something else: give another folder")
+    elif args.output_dir.exists():
+        with script.failing_with(f"--output_dir {args.output_dir}"):
+            names = os.listdir(args.output_dir)
+        if not set(names) <= set(OWN_FILES):
+            script.fail(f"--output_dir {args.output_dir} holds something else: give another folder")
     return used
 
 
@@ -246,7 +253,7 @@ def draw(args, pipeline, rows):
 
 def write_whole(path, write):
     """Have `write(partial)` write a file beside `path`, then rename it: there is never half a file."""
-    partial = path.with_name(f".partial-{path.name}")
+    partial = path.with_name(f".partial-{os.getpid()}-{path.name}")
     write(partial)
     os.replace(partial, path)
 
@@ -261,9 +268,10 @@ def main(input_args=None):
     there = tqdm(rows, desc="Looking what is there", unit="image", disable=not accelerator.is_main_process)
     missing = [row for row in there if not is_whole(args.output_dir / row["file_name"])]
     accelerator.wait_for_everyone()  # all processes have looked before one writes
+    with script.failing_with(f"--output_dir {args.output_dir}"):
+        (args.output_dir / "images").mkdir(parents=True, exist_ok=True)
     if missing:
         pipeline = load_pipeline(args, accelerator.device)
-    (args.output_dir / "images").mkdir(parents=True, exist_ok=True)
     if accelerator.is_main_process:
         print(f"{len(rows)} images, {len(rows) - len(missing)} of them there", flush=True)
         write_whole(args.output_dir / "generation.json", lambda p: p.write_text(json.dumps(settings, indent=2) + "\n"))

@@ -77,7 +77,7 @@ OTHER_NAMES |= {"pottedplant": "potted plant", "diningtable": "dining table"}
 
 
 def check_record(record):
-    """Raises `ValueError` for a row of metadata with an unknown task, class, colour, relation or target."""
+    """Raises `ValueError` for a row of metadata that is malformed, or has an unknown class, colour, relation, ..."""
     row = record.get("file_name") or record.get("prompt") or record
 
     def check(what, value, known):
@@ -88,7 +88,12 @@ def check_record(record):
         raise ValueError(f"{row}: no `include`, so nothing to look for; generate the images from GenEval's metadata")
     check("tag", record.get("tag"), TASKS)
     for clause in [*record["include"], *(record.get("exclude") or [])]:
-        check("class", clause["class"], CLASSES)
+        position = clause.get("position") or ("", 0) if isinstance(clause, dict) else ()
+        if len(position) != 2 or not isinstance(clause.get("count"), int) or clause["count"] < 1:
+            raise ValueError(
+                f"{row}: want a `class`, a `count` and perhaps a `position` of two in each clause: {clause}"
+            )
+        check("class", clause.get("class"), CLASSES)
     for index, clause in enumerate(record["include"]):
         if clause.get("color"):
             check("color", clause["color"], COLORS)

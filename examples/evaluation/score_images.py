@@ -25,10 +25,10 @@ from collections import defaultdict
 from pathlib import Path
 
 import compare
+import generate_images
 import huggingface_hub
 import torch
 from accelerate import PartialState
-from generate_images import NESTED
 from tqdm.auto import tqdm
 
 
@@ -89,8 +89,8 @@ def read_run(folder):
             script.fail(f"{where} needs the fields `file_name` and `text`")
         if not script.is_inside(Path(folder, row["file_name"]), folder):
             script.fail(f"{where}: {row['file_name']} leads out of {folder}")
-        with script.failing_with(f"{where}: {NESTED} is no JSON object"):
-            row |= dict(json.loads(row.pop(NESTED, "{}")))
+        with script.failing_with(f"{where}: {generate_images.NESTED} is no JSON object"):
+            row = dict(json.loads(row.pop(generate_images.NESTED, "{}"))) | row
         rows.append(identify(row | {"image": {"path": str(Path(folder, row["file_name"])), "bytes": None}}))
     return rows
 
@@ -165,7 +165,10 @@ def load_scorer(metric, device, rows):
         repositories = defaultdict(list)
         for repository, file, _ in scorer.files:
             repositories[repository].append(file)
-        commands = [f"hf download {name} --include '*.json' '*.txt' {' '.join(f)}" for name, f in repositories.items()]
+        commands = [
+            " ".join([f"hf download {name}", *(f"--include '{file}'" for file in ("*.json", "*.txt", *files))])
+            for name, files in repositories.items()
+        ]
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
         raise Unavailable(f"cannot be loaded ({reason}); to fetch its files: {'; '.join(commands)}") from error
 
@@ -181,9 +184,23 @@ def read_scores(path):
 
 
 def unscored(metric, rows, folder):
-    """The rows whose images have no score of a metric in a folder yet."""
-    done = read_scores(folder / "scores" / f"{metric}.jsonl")
+    """The rows whose images have no score of a metric in a folder yet. A score of what a file once was is dropped."""
+    path = folder / "scores" / f"{metric}.jsonl"
+    done, current, names = read_scores(path), {row["digest"] for row in rows}, {row["file_name"] for row in rows}
+    kept = [row for digest, row in done.items() if digest in current or row.get("file_name") not in names]
+    if len(kept) < len(done):
+        generate_images.write_whole(path, lambda p: p.write_text("".join(map(to_line, kept)), encoding="utf-8"))
     return [row for row in rows if row["digest"] not in done]
+
+
+def to_line(row):
+    return json.dumps(row, ensure_ascii=False) + "\n"
+
+
+def make_folder(folder):
+    """The place of the scores in a folder; that it cannot be is said before a model loads."""
+    with script.failing_with(f"{folder} cannot hold scores"):
+        (folder / "scores").mkdir(parents=True, exist_ok=True)
 
 
 def score_batch(scorer, images, rows):
@@ -212,7 +229,6 @@ def score(scorer, metric, rows, folder, batch_size):
         `list[str]`: what is wrong with the images that could not be read. They have no score.
     """
     path = folder / "scores" / f"{metric}.jsonl"
-    path.parent.mkdir(parents=True, exist_ok=True)
     broken = []
     with open(path, "a", encoding="utf-8") as file, tqdm(total=len(rows), desc=metric, unit="image") as bar:
         for start in range(0, len(rows), batch_size):
@@ -228,7 +244,7 @@ def score(scorer, metric, rows, folder, batch_size):
                     broken.append(f"{row['file_name']}: {result['error']}")
                 else:
                     line = {"file_name": row["file_name"], "digest": row["digest"]} | result
-                    file.write(json.dumps(line, ensure_ascii=False) + "\n")
+                    file.write(to_line(line))
             file.flush()
             bar.update(min(batch_size, len(rows) - start))
     return broken
@@ -265,9 +281,7 @@ def write_summaries(folder, rows):
         if any(row["digest"] in scores for row in rows):
             summaries[metric] = summarise(metric, rows, scores)
     path = folder / "scores.json"
-    partial = path.with_name(f".partial-{os.getpid()}-scores.json")
-    partial.write_text(json.dumps(summaries, indent=2) + "\n")
-    os.replace(partial, path)
+    generate_images.write_whole(path, lambda p: p.write_text(json.dumps(summaries, indent=2) + "\n"))
     return summaries
 
 
@@ -298,6 +312,8 @@ def main(input_args=None):
     sets = {run: read_run(run) for run in args.runs} or {args.output_dir: read_data(args)}
     if empty := [str(folder) for folder, rows in sets.items() if not rows]:
         script.fail(f"{', '.join(empty)}: no images")
+    for folder in sets:
+        make_folder(folder)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     failed, broken = [], []
     for metric in metrics:
