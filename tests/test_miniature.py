@@ -277,6 +277,8 @@ def test_figures_of_the_text():
     results = readme.split("## Results")[1].split("## Set-up")[0]
     tables = "\n".join(re.findall(r"^\|.*", readme, flags=re.MULTILINE))
     text = re.sub(r"^\|.*", "", results, flags=re.MULTILINE)
+    intervals = re.findall(r"[+-]0\.\d{3}\s\[[^]]*\]", text)
+    assert len(intervals) > 3 and [i for i in intervals if " ".join(i.split()) not in tables] == []
     figures = re.findall(r"[+-]?0\.\d{2,3}", text)
     assert len(figures) > 5 and [figure for figure in figures if figure not in tables] == []
 
@@ -287,21 +289,23 @@ def test_sentences_of_the_readme():
     runs, bases = report.read(HERE / "results", "world")
     arms = {arm: report.finished(runs, bases, arm, 0.1) for arm in report.MAIN_ARMS}
 
-    def interval(one, other):
-        text = report.difference(arms[one], arms[other], report.MAIN_SETTING, "lenient")
+    def interval(one, other, setting=report.MAIN_SETTING):
+        text = report.difference(arms[one], arms[other], setting, "lenient")
         return [float(end) for end in re.search(r"\[(\S+), (\S+)\]", text).groups()]
 
     assert all(len(found) == 6 for found in arms.values())
     assert interval("SOAR K=40", "SFT")[0] > 0 > interval("SOAR K=40", "SFT x 7")[1]
+    low, high = interval("SOAR K=40", "SFT", report.BEST)
+    assert low < 0 < high and interval("SOAR K=40", "SFT x 7", report.BEST)[1] < 0
     low, high = interval("SOAR K=40", "true state")
     assert -0.02 < low < 0 < high < 0.02
     gaps = report.read_gaps(HERE / "results", 0.1)
     assert len(gaps) == 6
     for gap in gaps:
-        change = {
-            r["model"]: r["gap_change"] for r in gap["summary"] if r["num_own_steps"] == 4 and r["model"] != "base"
-        }
-        assert change["soar_k10"] < 0 and change["soar_k40"] < min(change["sft"], change["true_state"])
+        records = [r for r in gap["summary"] if r["num_own_steps"] == 4 and r["model"] != "base"]
+        ideal, own = ({r["model"]: r[f"{error}_change"] for r in records} for error in ("ideal", "own"))
+        assert own["soar_k10"] < own["sft"] < own["soar_k40"] < own["true_state"]
+        assert ideal["sft"] < ideal["soar_k40"] == pytest.approx(ideal["true_state"], abs=0.01)
 
 
 def test_tables_of_the_readme():

@@ -91,12 +91,14 @@ def plan(size):
     """The runs, the most telling first, so that what an unfinished experiment has is balanced."""
     if size == "quick":
         return [Run(arm, 0.1, 0, 0) for arm in MAIN_ARMS]
-    runs = []
+    runs, last = [], []
     for seed in range(3):
         for dropout in reversed(DROPOUTS):
             runs += [Run(arm, dropout, base, seed) for base in range(2) for arm in MAIN_ARMS]
-            runs += [Run(arm, dropout, 0, seed) for arm in OTHER_ARMS]
-    return runs + [Run(arm, 0.1, "words", seed) for seed in range(3) for arm in MAIN_ARMS]
+            runs += [Run("sigma mixture", dropout, 1, seed)]  # cheap, and tells noise levels from number of states
+            others = [Run(arm, dropout, 0, seed) for arm in OTHER_ARMS]
+            runs, last = (runs + others, last) if dropout or seed == 0 else (runs, last + others)
+    return runs + last + [Run(arm, 0.1, "words", seed) for seed in range(3) for arm in MAIN_ARMS]
 
 
 def call(log, *command, threads=1):
@@ -157,7 +159,8 @@ def make_raw(out, world, model, threads):
         call(log, ROOT / "examples" / "make_tiny_sd3.py", untrained, "--size", model)
         if not (out / world).exists():
             call(log, HERE / f"{world}.py", out / world, "--size", size_of(untrained))
-        call(log, ROOT / "examples" / "train_vae.py", untrained, *sorted((out / world).glob("*/")), threads=threads)
+        seen = [out / world / part for part in ("curated", "noisy")]
+        call(log, ROOT / "examples" / "train_vae.py", untrained, *seen, threads=threads)
         untrained.rename(raw)
 
 
@@ -204,7 +207,7 @@ def do(out, results, run, steps, quick):
     run_dir = train(out, run, steps)
     score(out, results, run.base, run_dir, run.name, *(["--quick"] if quick else []))
     if run.arm in MAIN_ARMS and not quick:
-        for step in CHECKPOINTS:
+        for step in (step for step in CHECKPOINTS if step < steps):
             score(out, results, run.base, run_dir / f"checkpoint-{step}", f"{run.name}-step{step}", "--checkpoint")
     for checkpoint in run_dir.glob("checkpoint-*"):  # most of the disk, and needed no more
         shutil.rmtree(checkpoint)
@@ -220,7 +223,9 @@ def main():
     parser.add_argument("--out", type=Path, help="Folder of models and pictures. Default: outputs/miniature[_SIZE].")
     parser.add_argument("--results", type=Path, help="Folder of the scores. Default: results[_large], or in --out.")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="Processes at once, of one thread each.")
-    parser.add_argument("--steps", type=int, default=STEPS, help="Of post-training.")
+    parser.add_argument(
+        "--steps", type=int, default=STEPS, help="Of post-training; the report takes them to be the default."
+    )
     parser.add_argument("--base_steps", type=int, help=f"Default: {BASE_STEPS}; quick: {QUICK_BASE_STEPS}.")
     args = parser.parse_args()
     quick = args.size == "quick"

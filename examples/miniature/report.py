@@ -5,7 +5,8 @@ Tables and pictures from the scores of the experiment's runs, and from nothing e
     python examples/miniature/report.py examples/miniature/results
 
 Prints Markdown; writes scores.png, steps.png, gap.png, samples.png and words.png beside the results. Intervals are
-95 % bootstrap intervals: pairs of runs (same base, same seed) and prompts within their tasks are drawn again together.
+95 % bootstrap intervals: pairs of runs (same base, same seed), and pictures within their tasks, are drawn again.
+Where there are fewer than three pairs there is no interval, as seeds differ more than prompts do.
 """
 
 import argparse
@@ -31,10 +32,10 @@ from experiment import (
     name_of,
     world_of,
 )
-from world import TASKS, TIMES
+from world import TASKS, TIMES, choose_prompts
 
 
-MAIN_SETTING = name_of(*MAIN)
+MAIN_SETTING, BEST = name_of(*MAIN), "best guidance"
 # Forwards of the model per optimizer step and sample: 3 a state with gradient (LoRA: 2), 1 without.
 FORWARDS = {
     "SFT": 3,
@@ -93,8 +94,12 @@ def finished(runs, bases, arm, dropout):
 def outcomes(scores, setting, key, part="test"):
     """
     The outcomes of a run in a setting: an array of `(tasks, prompts)`, 0 or 1; of words `(1, prompts)`, where
-    "letters" is the part of a word's three that is right, and "word" whether all are.
+    "letters" is the part of a word's three that is right, and "word" whether all are. [`BEST`] is the setting that is
+    best for the run on the validation prompts, on those test prompts that all guidances have.
     """
+    if setting == BEST:
+        best, count = best_guidance(scores, key)
+        return outcomes(scores, best, key)[:, :count]
     results = scores[part][setting]
     if "letters" in results:
         right = np.array([[int(c) for c in results["letters"]]])
@@ -113,13 +118,18 @@ def spread(values, form=".3f"):
     return text if len(values) == 1 else f"{text} ± {np.std(values, ddof=1):{form.strip('+')}}"
 
 
-def at_best_guidance(runs, key):
-    """The mean scores of runs, each at the guidance that is best for it on the validation prompts, and which it is."""
+def best_guidance(scores, key):
+    """The setting that is best for a run on the validation prompts, and how many test prompts a task all have."""
     settings = [name_of(*setting) for setting in GUIDANCES]
-    best = [max(settings, key=lambda s: outcomes(scores, s, key, "validation").mean()) for scores in runs]
-    values = [outcomes(scores, setting, key).mean() for scores, setting in zip(runs, best, strict=True)]
-    chosen = sorted({setting.split(",")[0].removeprefix("guidance ") for setting in best}, key=float)
-    return f"{spread(values)} ({', '.join(chosen)})"
+    best = max(settings, key=lambda setting: outcomes(scores, setting, key, "validation").mean())
+    return best, min(outcomes(scores, setting, key).shape[1] for setting in settings)
+
+
+def at_best_guidance(runs, key):
+    """The mean scores of runs, each at its best guidance, and which these are."""
+    values = [outcomes(scores, BEST, key).mean() for scores in runs]
+    best = {best_guidance(scores, key)[0].split(",")[0].removeprefix("guidance ") for scores in runs}
+    return f"{spread(values)} ({', '.join(sorted(best, key=float))})"
 
 
 def main_table(runs, bases, dropout):
@@ -145,31 +155,34 @@ def main_table(runs, bases, dropout):
 
 
 def summary_table(runs, bases, word_runs, word_bases):
-    """A row a main arm, caption dropout 0.1: score and right letters, and their differences from SFT's."""
+    """A row a main arm, caption dropout 0.1: score and its difference from SFT's, right letters, and the cost."""
     rows = []
-    worlds = [(runs, bases, "lenient"), (word_runs, word_bases, "letters")]
     for arm in ["base", *MAIN_ARMS]:
-        row = [arm]
-        for *world, key in worlds:
-            found, sft = (finished(*world, name, DROPOUTS[1]) for name in (arm, "SFT"))
+        found, sft = (finished(runs, bases, name, DROPOUTS[1]) for name in (arm, "SFT"))
+        words, row = finished(word_runs, word_bases, arm, DROPOUTS[1]), [arm]
+        for setting in (MAIN_SETTING, BEST):
             row.append(
-                spread([outcomes(scores, MAIN_SETTING, key).mean() for scores in found.values()]) if found else ""
+                spread([outcomes(scores, setting, "lenient").mean() for scores in found.values()]) if found else ""
             )
             has_pairs = arm not in ("base", "SFT") and found.keys() & sft.keys()
-            row.append(difference(found, sft, MAIN_SETTING, key) if has_pairs else "")
+            row.append(difference(found, sft, setting, "lenient") if has_pairs else "")
+        row.append(spread([outcomes(s, MAIN_SETTING, "letters").mean() for s in words.values()]) if words else "")
         rows.append([*row, "0" if arm == "base" else str(FORWARDS.get(arm, 22))])
-    return table(["", "score", "- SFT", "letters", "- SFT", "forwards"], rows)
+    return table(["", "score", "- SFT", f"score, {BEST}", "- SFT", "letters", "forwards"], rows)
 
 
 def task_table(runs, bases, dropout):
-    """A row an arm: the score of each task."""
+    """A row an arm: the score of each task, and of the prompts with pairs of shape and colour never asked before."""
     rows = []
     for arm in ["base", *ARMS]:
         found = finished(runs, bases, arm, dropout)
         if found:
             tasks = np.array([outcomes(scores, MAIN_SETTING, "lenient").mean(1) for scores in found.values()])
-            rows.append([arm, *(f"{value:.2f}" for value in tasks.mean(0))])
-    return table(["arm", *(task.replace("_", " ") for task in TASKS)], rows)
+            all_scores = np.array([outcomes(scores, MAIN_SETTING, "lenient") for scores in found.values()])
+            prompts = [prompt for prompt, _ in choose_prompts("test", all_scores.shape[2])]
+            held_out = np.reshape([prompt.held_out for prompt in prompts], all_scores.shape[1:])
+            rows.append([arm, *(f"{value:.2f}" for value in (*tasks.mean(0), all_scores[:, held_out].mean()))])
+    return table(["arm", *(task.replace("_", " ") for task in TASKS), "held-out pairs"], rows)
 
 
 @functools.cache
@@ -192,21 +205,23 @@ def difference(one, other, setting, key):
     low, high = np.quantile(means, [0.025, 0.975])
     mean = pairs.mean()
     same = (np.sign(pairs.mean((1, 2))) == np.sign(mean)).sum()
-    return f"{mean:+.3f} [{low:+.3f}, {high:+.3f}], {same} of {len(pairs)}"
+    interval = f" [{low:+.3f}, {high:+.3f}]" if len(pairs) > 2 else ""
+    return f"{mean:+.3f}{interval}, {same} of {len(pairs)}"
 
 
 SHAPE_COLUMNS = {
-    "score": (MAIN, "lenient"),
-    "strict": (MAIN, "strict"),
-    "broken": (MAIN, "broken"),
-    "score, 5 steps": ((4.5, 5), "lenient"),
-    "broken, 5 steps": ((4.5, 5), "broken"),
+    "score": (MAIN_SETTING, "lenient"),
+    f"score, {BEST}": (BEST, "lenient"),
+    "score, 5 steps": (name_of(4.5, 5), "lenient"),
+    "strict": (MAIN_SETTING, "strict"),
+    "broken": (MAIN_SETTING, "broken"),
+    "broken, 5 steps": (name_of(4.5, 5), "broken"),
 }
 WORD_COLUMNS = {
-    "letters": (MAIN, "letters"),
-    "words": (MAIN, "word"),
-    "letters, 5 steps": ((4.5, 5), "letters"),
-    "words, 5 steps": ((4.5, 5), "word"),
+    "letters": (MAIN_SETTING, "letters"),
+    "words": (MAIN_SETTING, "word"),
+    "letters, 5 steps": (name_of(4.5, 5), "letters"),
+    "words, 5 steps": (name_of(4.5, 5), "word"),
 }
 
 
@@ -216,7 +231,7 @@ def difference_table(runs, dropout, columns=SHAPE_COLUMNS):
     for one, other in PAIRS:
         first, second = (finished(runs, {}, arm, dropout) for arm in (one, other))
         if first.keys() & second.keys():
-            differences = [difference(first, second, name_of(*s), key) for s, key in columns.values()]
+            differences = [difference(first, second, setting, key) for setting, key in columns.values()]
             rows.append([f"{one} - {other}", *differences])
     return table(["difference", *columns], rows)
 
@@ -227,7 +242,7 @@ def dropout_table(runs):
     for arm in ARMS:
         without, with_dropout = (finished(runs, {}, arm, dropout) for dropout in DROPOUTS)
         if without.keys() & with_dropout.keys():
-            row = [difference(without, with_dropout, name_of(*s), key) for s, key in SHAPE_COLUMNS.values()]
+            row = [difference(without, with_dropout, setting, key) for setting, key in SHAPE_COLUMNS.values()]
             rows.append([arm, *row])
     return table(["dropout 0 - dropout 0.1", *SHAPE_COLUMNS], rows)
 
@@ -294,7 +309,9 @@ def draw_scores(runs, bases, path):
             for arm in ["base", *MAIN_ARMS]:
                 found = finished(runs, bases, arm, dropout)
                 if found:
-                    values = [[outcomes(s, name_of(*x), key).mean() for x in settings] for s in found.values()]
+                    parts = [[outcomes(s, name_of(*x), key) for x in settings] for s in found.values()]
+                    count = min(part.shape[1] for part in parts[0])  # the prompts that all settings have
+                    values = [[part[:, :count].mean() for part in run] for run in parts]
                     means, errors = np.mean(values, 0), np.std(values, 0) / max(len(values) - 1, 1) ** 0.5
                     places = [setting[which] for setting in settings]
                     style = {"color": "grey", "ls": ":"} if arm == "base" else {}

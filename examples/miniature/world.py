@@ -301,18 +301,24 @@ def write_pictures(folder, count, make, rng, noisy):
             file.write(json.dumps({"file_name": f"{i:05d}.png", "text": caption}) + "\n")
 
 
-def write_prompts(path, part, count):
-    """`count` prompts a task, each with the seed of its noise; tasks with few prompts have them several times."""
+def choose_prompts(part, count):
+    """Yield `count` prompts a task, each with its noise's seed; tasks with few prompts have them several times."""
     rng = random.Random(part)
+    for task in TASKS:
+        prompts = split(task)[part]
+        for i in range(count):
+            prompt = prompts[i % len(prompts)] if len(prompts) < count else rng.choice(prompts)
+            yield prompt, rng.getrandbits(31)
+
+
+def write_prompts(path, part, count):
+    """Write what [`choose_prompts`] yields, a JSON object a line."""
     with open(path, "w") as file:
-        for task in TASKS:
-            prompts = split(task)[part]
-            for i in range(count):
-                prompt = prompts[i % len(prompts)] if len(prompts) < count else rng.choice(prompts)
-                things = [[thing.shape, thing.color] for thing in prompt.things]
-                record = {"task": task, "prompt": prompt.text, "things": things, "relation": prompt.relation}
-                record |= {"held_out": prompt.held_out, "seed": rng.getrandbits(31)}
-                file.write(json.dumps(record) + "\n")
+        for prompt, seed in choose_prompts(part, count):
+            things = [[thing.shape, thing.color] for thing in prompt.things]
+            record = {"task": prompt.task, "prompt": prompt.text, "things": things, "relation": prompt.relation}
+            record |= {"held_out": prompt.held_out, "seed": seed}
+            file.write(json.dumps(record) + "\n")
 
 
 def read_prompts(path):
