@@ -174,18 +174,20 @@ def load_scorer(metric, device, rows):
 
 
 def read_scores(path):
-    """The rows of a scores file, by digest. A last line that an interruption cut off is dropped from the file."""
-    if not path.exists():
+    """The rows of a scores file, by digest; none of one that ends within a line: another process is at work on it."""
+    if not path.exists() or not path.read_bytes().endswith(b"\n"):
         return {}
-    data = path.read_bytes()
-    if not data.endswith(b"\n"):
-        os.truncate(path, data.rfind(b"\n") + 1)
     return {row.get("digest"): row for _, row in script.read_json_lines(path)}
 
 
 def unscored(metric, rows, folder):
-    """The rows whose images have no score of a metric in a folder yet. A score of what a file once was is dropped."""
+    """
+    The rows whose images have no score of a metric in a folder yet. From its file go a last line that an interruption
+    cut off, and scores of what a file once was.
+    """
     path = folder / "scores" / f"{metric}.jsonl"
+    if path.exists() and not (data := path.read_bytes()).endswith(b"\n"):
+        os.truncate(path, data.rfind(b"\n") + 1)
     done, current, names = read_scores(path), {row["digest"] for row in rows}, {row["file_name"] for row in rows}
     kept = [row for digest, row in done.items() if digest in current or row.get("file_name") not in names]
     if len(kept) < len(done):
