@@ -7,9 +7,8 @@ Write a data set of any of the training scripts' formats as an image folder, or 
 
 `jsonl` writes `data.jsonl`, for `--jsonl_path`, and `images/`, for `--image_dir`: each image is named by its MD5, and
 `bh` and `bw` are the size to train at: the nearest of the buckets, or without a flag that names buckets, the source's
-own where it has them. `image_folder` writes `images/` and
-`metadata.jsonl`, for `--train_data_dir`. Images are hard links where they are files, as the scripts follow no link
-that leads out of the folder; --copy copies them.
+own where it has them. `image_folder` writes `images/` and `metadata.jsonl`, for `--train_data_dir`. Images are hard
+links where they are files, as the scripts follow no link that leads out of the folder; --copy copies them.
 """
 
 import argparse

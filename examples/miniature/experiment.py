@@ -96,8 +96,7 @@ def plan(size):
         for dropout in reversed(DROPOUTS):
             runs += [Run(arm, dropout, base, seed) for base in range(2) for arm in MAIN_ARMS]
             runs += [Run("sigma mixture", dropout, 1, seed)]  # cheap, and tells noise levels from number of states
-            others = [Run(arm, dropout, 0, seed) for arm in OTHER_ARMS]
-            runs, last = (runs + others, last) if dropout or seed == 0 else (runs, last + others)
+            (runs if dropout or seed == 0 else last).extend(Run(arm, dropout, 0, seed) for arm in OTHER_ARMS)
     return runs + last + [Run(arm, 0.1, "words", seed) for seed in range(3) for arm in MAIN_ARMS]
 
 
