@@ -6,6 +6,7 @@ import itertools
 import json
 import random
 import re
+import shutil
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -271,6 +272,29 @@ def test_paired_differences():
     assert report.difference(one, one, "here", "lenient") == "+0.000 [+0.000, +0.000], 3 of 3"
 
 
+def test_nothing_is_missing(tmp_path, monkeypatch):
+    """The committed results are the whole experiment: `full` has nothing to do; where a file is missing, it has."""
+    experiment = importlib.import_module("experiment")
+    results, made = tmp_path / "results", []
+    results.mkdir()
+    for path in (HERE / "results").glob("*.json"):
+        shutil.copy(path, results)
+    monkeypatch.chdir(ROOT)  # main changes the folder, too
+    monkeypatch.setattr(experiment, "make_raw", lambda out, world, *_, threads: made.append(world))
+    monkeypatch.setattr(experiment, "make_base", lambda out, name, *_, threads: made.append(name))
+    monkeypatch.setattr(experiment, "do", lambda out, results, run, *_: made.append(run))
+    monkeypatch.setattr(sys, "argv", ["experiment.py", "full", "--out", f"{tmp_path}/out", "--results", str(results)])
+    experiment.main()
+    assert made == []
+    (results / "sft-dropout0-base1-seed2-step250.json").unlink()
+    experiment.main()
+    run = experiment.Run("SFT", 0.0, 1, 2)
+    assert made == ["world", 1, 1, run]
+    (results / f"{run.gap}.json").unlink()
+    experiment.main()
+    assert set(made[4:]) == {"world", 1, *(experiment.Run(arm, 0.0, 1, 2) for arm in experiment.MAIN_ARMS)}
+
+
 def test_figures_of_the_text():
     """Every figure that the text of a README names about the experiment is in one of its tables."""
     readme = (HERE / "README.md").read_text()
@@ -287,10 +311,10 @@ def test_sentences_of_the_readme():
     """What the main README says of the committed results holds: by intervals, and of the gap in each group of runs."""
     report = importlib.import_module("report")
     runs, bases = report.read(HERE / "results", "world")
-    arms = {arm: report.finished(runs, bases, arm, 0.1) for arm in report.MAIN_ARMS}
+    arms = {(arm, d): report.finished(runs, bases, arm, d) for arm in report.MAIN_ARMS for d in report.DROPOUTS}
 
-    def interval(one, other, setting=report.MAIN_SETTING):
-        text = report.difference(arms[one], arms[other], setting, "lenient")
+    def interval(one, other, setting=report.MAIN_SETTING, dropout=0.1):
+        text = report.difference(arms[one, dropout], arms[other, dropout], setting, "lenient")
         return [float(end) for end in re.search(r"\[(\S+), (\S+)\]", text).groups()]
 
     assert all(len(found) == 6 for found in arms.values())
@@ -299,6 +323,8 @@ def test_sentences_of_the_readme():
     assert low < 0 < high and interval("SOAR K=40", "SFT x 7", report.BEST)[1] < 0
     low, high = interval("SOAR K=40", "true state")
     assert -0.02 < low < 0 < high < 0.02
+    low, high = interval("SOAR K=40", "SFT", dropout=0)
+    assert low < 0 < high and interval("SOAR K=40", "SFT x 7", dropout=0)[1] < 0
     gaps = report.read_gaps(HERE / "results", 0.1)
     assert len(gaps) == 6
     for gap in gaps:

@@ -7,8 +7,8 @@ Run what is missing of the experiment: the world, the bases, the arms, their sco
     python examples/miniature/experiment.py large --workers 8   # the same with a larger model, for a GPU
 
 Each arm is trained by a script of this collection, by its command line, in a process of its own with one thread; an
-interrupted run is resumed from its checkpoint, a finished one is not run again. Scores go to `results/`, one JSON a
-run, all else to `outputs/miniature`.
+interrupted run is resumed from its checkpoint, one that has its scores is not run again. Scores go to `results/`, one
+JSON a run, all else to `outputs/miniature`.
 """
 
 import argparse
@@ -51,6 +51,8 @@ OTHER_ARMS = {
 }
 ARMS = MAIN_ARMS | OTHER_ARMS
 DROPOUTS = (0.0, 0.1)
+# Of the other arms, what the conclusions rest on.
+REPEATED_WITHOUT_DROPOUT = ("sigma mixture", "SOAR K=5", "SOAR without CFG", "SOAR N=1 x 3")
 CHECKPOINTS = (250, 500)  # scored, too, for the main arms, besides the end
 STEPS, BASE_STEPS, QUICK_BASE_STEPS = 1000, 6000, 4000  # of post-training, of a base
 WORDS_BASE_PART = 1 / 4  # of those steps is enough to learn words half, which leaves room for what follows
@@ -82,22 +84,36 @@ class Run:
     def name(self):
         return f"{self.slug}-dropout{self.dropout:g}-base{self.base}-seed{self.seed}"
 
+    @property
+    def gap(self):
+        """Name of the exposure bias of the main arms like this run."""
+        return f"gap-dropout{self.dropout:g}-base{self.base}-seed{self.seed}"
+
+    def scores(self, steps, quick):
+        """Names of all that is scored with this run."""
+        names = [self.name]
+        if self.arm in MAIN_ARMS:
+            names += [f"{self.name}-step{step}" for step in CHECKPOINTS if step < steps and not quick]
+            names += [self.gap] if self.base != "words" else []
+        return names
+
 
 def name_of(guidance, steps):
     return f"guidance {guidance:g}, {steps} steps"
 
 
 def plan(size):
-    """The runs, the most telling first, so that what an unfinished experiment has is balanced."""
+    """The runs, seed by seed, so that what an unfinished experiment has is balanced."""
     if size == "quick":
         return [Run(arm, 0.1, 0, 0) for arm in MAIN_ARMS]
-    runs, last = [], []
+    runs = []
     for seed in range(3):
         for dropout in reversed(DROPOUTS):
+            others = OTHER_ARMS if dropout or seed == 0 else REPEATED_WITHOUT_DROPOUT
             runs += [Run(arm, dropout, base, seed) for base in range(2) for arm in MAIN_ARMS]
             runs += [Run("sigma mixture", dropout, 1, seed)]  # cheap, and tells noise levels from number of states
-            (runs if dropout or seed == 0 else last).extend(Run(arm, dropout, 0, seed) for arm in OTHER_ARMS)
-    return runs + last + [Run(arm, 0.1, "words", seed) for seed in range(3) for arm in MAIN_ARMS]
+            runs += [Run(arm, dropout, 0, seed) for arm in others]
+    return runs + [Run(arm, 0.1, "words", 0) for arm in MAIN_ARMS]
 
 
 def call(log, *command, threads=1):
@@ -178,24 +194,25 @@ def train(out, run, steps):
     return run_dir
 
 
+def missing(results, name):
+    return not (results / f"{name}.json").exists()
+
+
 def score(out, results, base, run_dir, name, *flags):
     """Score a run, or with `run_dir` `None` its base, unless that has been done."""
-    file = results / f"{name}.json"
-    if not file.exists():
+    if missing(results, name):
         flags = [*flags, *(["--run", run_dir] if run_dir else []), "--base", out / f"base_{base}"]
         flags += ["--world", out / world_of(base), *(["--words"] if base == "words" else [])]
-        call(out / "logs" / f"{name}.log", HERE / "evaluate.py", *flags, "--output", file)
+        call(out / "logs" / f"{name}.log", HERE / "evaluate.py", *flags, "--output", results / f"{name}.json")
 
 
-def measure_gap(out, results, dropout, base, seed):
-    """The exposure bias of the base and its main arms on pictures that none has seen."""
-    name = f"gap-dropout{dropout:g}-base{base}-seed{seed}"
-    if not (results / f"{name}.json").exists():
-        runs = [Run(arm, dropout, base, seed) for arm in MAIN_ARMS]
-        models = [f"base={out / f'base_{base}'}", *(f"{run.slug}={out / 'runs' / run.name}" for run in runs)]
-        size = size_of(out / f"base_{base}")
-        flags = f"""--pretrained_model_name_or_path {out}/base_{base} --train_data_dir {out}/world/unseen
-            --resolution {size} --max_sequence_length {PROMPT_TOKENS} --num_samples 128 --batch_size 64
+def measure_gap(out, results, group):
+    """The exposure bias of a base and the main arms' runs on it, `group`, on pictures that none has seen."""
+    base, name = out / f"base_{group[0].base}", group[0].gap
+    if missing(results, name):
+        models = [f"base={base}", *(f"{run.slug}={out / 'runs' / run.name}" for run in group)]
+        flags = f"""--pretrained_model_name_or_path {base} --train_data_dir {out}/world/unseen
+            --resolution {size_of(base)} --max_sequence_length {PROMPT_TOKENS} --num_samples 128 --batch_size 64
             --mixed_precision no --output_dir {out}/gap/{name} --models""".split()
         call(out / "logs" / f"{name}.log", ROOT / "examples" / "measure_exposure_bias.py", *flags, *models)
         shutil.copy(out / "gap" / name / "exposure_bias.json", results / f"{name}.json")
@@ -211,9 +228,9 @@ def do(out, results, run, steps, quick):
     for checkpoint in run_dir.glob("checkpoint-*"):  # most of the disk, and needed no more
         shutil.rmtree(checkpoint)
     with gap_lock:
-        group = [results / f"{dataclasses.replace(run, arm=arm).name}.json" for arm in MAIN_ARMS]
-        if run.base != "words" and all(path.exists() for path in group):
-            measure_gap(out, results, run.dropout, run.base, run.seed)
+        group = [dataclasses.replace(run, arm=arm) for arm in MAIN_ARMS]
+        if run.base != "words" and all((out / "runs" / like.name / "training_args.json").exists() for like in group):
+            measure_gap(out, results, group)
 
 
 def main():
@@ -234,8 +251,10 @@ def main():
     suffix = "" if args.size == "full" else f"_{args.size}"
     out = given[0] or Path("outputs", f"miniature{suffix}")
     results = given[1] or (out / "results" if args.size == "quick" else HERE / f"results{suffix}")
-    runs = plan(args.size)
-    locks = {run.base: threading.Lock() for run in runs}  # a run waits for its base
+    planned = plan(args.size)
+    runs = [run for run in planned if any(missing(results, name) for name in run.scores(args.steps, quick))]
+    bases = dict.fromkeys(run.base for run in planned if run in runs or missing(results, f"base{run.base}"))
+    locks = {base: threading.Lock() for base in bases}  # a run waits for its base
     for world in dict.fromkeys(map(world_of, locks)):
         make_raw(out, world, "large" if args.size == "large" else "mini", threads=args.workers)
     failed = threading.Event()
