@@ -69,6 +69,7 @@ def start(script, arguments, log, environment=(), setup=lambda: None):
 
     def target():
         os.environ.update(environment)
+        torch.set_num_threads(1)  # makes PyTorch's pool anew, before the threads that load weights race to do so
         setup()
         sys.stdout = sys.stderr = open(log, "a", buffering=1)
         logging.basicConfig(level=logging.INFO, stream=sys.stderr, force=True)
