@@ -96,11 +96,23 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch.distributed.tensor import distribute_tensor
 from tqdm.auto import tqdm
+from transformers import AutoTokenizer
 
 import soar_utils
 
 
 logger = get_logger(__name__)
+
+# Flags that may differ when a run is resumed: they do not change what is trained, or what they name is compared by its
+# content. All others may not. (The end of a schedule may not move either, see `check_resume`.)
+FREE_ON_RESUME = """
+    aux_batch_size cache_dir cache_prompt_embeds caption_column checkpointing_steps checkpoints_total_limit
+    dataloader_num_workers dataset_config_name dataset_name gradient_accumulation_steps gradient_checkpointing
+    guidance_scale hub_model_id hub_token image_column image_dir jsonl_path max_skipped_steps max_train_samples
+    max_train_steps num_inference_steps num_train_epochs num_validation_images offload offload_ema output_dir
+    overwrite_output_dir push_to_hub report_to resume_from_checkpoint skip_bad_images skip_final_inference
+    torch_compile train_data_dir validation_prompt validation_steps
+""".split()
 
 
 def parse_args(input_args=None):
@@ -124,9 +136,9 @@ def parse_args(input_args=None):
     add = data.add_argument
     add("--dataset_name", help="Hub id or folder for `datasets.load_dataset`, split `train`.")
     add("--dataset_config_name", help="Configuration of --dataset_name.")
-    add("--train_data_dir", help="Folder of images with `metadata.jsonl` or `metadata.csv` (column `file_name`).")
-    add("--jsonl_path", help='Lines {"md5": ..., "caption_en": ..., "bw": 512, "bh": 512}; images `{md5}.jpg`.')
-    add("--image_dir", help="Folder of the images of --jsonl_path (.jpg, .jpeg, .png, .webp).")
+    add("--train_data_dir", help="Folder of images with `metadata.jsonl` or `metadata.csv`.")
+    add("--jsonl_path", help='Lines {"md5": ..., "caption_en": ..., "bw": 512, "bh": 512}.')
+    add("--image_dir", help="Folder of the images of --jsonl_path: `{md5}.jpg`, .jpeg, .png, .webp.")
     add("--image_column", default="image")
     add("--caption_column", default="text")
     add("--max_train_samples", type=at_least(1), help="Use the first N images.")
@@ -209,17 +221,315 @@ def parse_args(input_args=None):
 
     logs = parser.add_argument_group("logging and hub")
     add = logs.add_argument
-    add("--report_to", default="tensorboard", help="Tracker known to accelerate (tensorboard, wandb, ...), or none.")
+    add("--report_to", choices=["none", "all", *LOGGER_TYPE_TO_CLASS], default="tensorboard")
     add("--push_to_hub", action="store_true", help="Upload the result and its card.")
     add("--hub_model_id", help="Repository to push to. Default: the name of --output_dir.")
     add("--hub_token", help="Better: `hf auth login`, or the HF_TOKEN variable. Never written anywhere.")
 
-    return check_args(parser, input_args)
+    args = parser.parse_args(input_args)
+    check_args(parser, args)
+    return args
 
 
-def at_least(minimum, kind=int):
-    """Argparse type: a finite number not below `minimum`."""
-    return between(minimum, math.inf, kind)
+def training_losses(args, predict, latents, generators, shift, sync):
+    """
+    The SOAR loss of one batch, `(sum base + lambda_aux * sum aux) / (n_base + lambda_aux * n_aux)`, in terms that each
+    fill one forward. The caller runs `backward` on a term before it asks for the next: one graph is alive at a time.
+
+    Args:
+        args (`argparse.Namespace`): The groups "training" and "SOAR" of the command line.
+        predict (callable): `predict(noisy_latents, sigma)` is the model's velocity under the captions of the batch,
+            with `samples=` under those of these samples, with `null=True` under the empty caption.
+        latents (`torch.Tensor` of shape `(B, C, H, W)`): Clean latents, float32, in scaled latent units.
+        generators (`list[torch.Generator]`): Of each sample's noise, on the CPU.
+        shift (`float`): Of the scheduler.
+        sync (callable): `sync(last)` is the context of a forward and its backward; `last` is true at the last of them.
+
+    Yields:
+        `tuple[torch.Tensor, dict[str, torch.Tensor]]`: a term, and its share of the values to log, detached.
+
+    Source: SOAR, arXiv 2604.12617.
+    """
+    device, n_base = latents.device, len(latents)
+    n_aux = args.num_rollout_paths * args.trajectory_length * n_base if args.lambda_aux > 0 else 0
+    denominator = n_base + args.lambda_aux * n_aux
+
+    def unit_noise(generator):
+        return torch.randn(latents.shape[1:], generator=generator)
+
+    def sample_u(generator):
+        return compute_density_for_timestep_sampling(
+            args.weighting_scheme, 1, args.logit_mean, args.logit_std, args.mode_scale, generator=generator
+        )[0].clamp(soar_utils.U_MIN, 1)
+
+    def sample_losses(velocity, target, sigma):
+        weighting = compute_loss_weighting_for_sd3(args.weighting_scheme, sigma)
+        return soar_utils.flow_matching_loss(velocity, target, weighting)
+
+    # 1. The ideal state: plain flow matching. Its prediction is also the conditional branch of the rollout.
+    noise = draw(unit_noise, generators, device)
+    sigma = soar_utils.shift_sigma(draw(sample_u, generators, device), shift)
+    noisy_latents = soar_utils.add_noise(latents, noise, sigma)
+    with sync(n_aux == 0):
+        velocity = predict(noisy_latents, sigma)
+        losses = sample_losses(velocity, noise - latents, sigma)
+        yield losses.sum() / denominator, {"loss_base": losses.detach().mean()}
+    if n_aux == 0:
+        return
+
+    # 2. The model's own step from there, without gradient: guided, one inference step long, off the ideal path.
+    velocity_cfg = velocity.detach()
+    if args.cfg_scale_sampling != 1:
+        with torch.no_grad():
+            velocity_uncond = predict(noisy_latents, sigma, null=True)
+        velocity_cfg = soar_utils.apply_guidance(velocity_cfg, velocity_uncond, args.cfg_scale_sampling)
+    sigma_next = soar_utils.next_sigma(sigma, args.num_sampling_steps, shift)
+    sigma_upper = torch.ones_like(sigma)
+    if args.sigma_upper_ratio is not None:
+        sigma_upper = (args.sigma_upper_ratio * sigma).clamp(max=1)
+
+    # 3. Off-trajectory states: every rollout, noised again toward the same endpoint to random levels above it.
+    aux_latents, aux_sigmas = [], []
+    for path in range(args.num_rollout_paths):
+        mode = args.sde_rollout_type if path > 0 else "ode"
+        step_noise = draw(unit_noise, generators, device) if path > 0 else None
+        rollout_latents = soar_utils.rollout_step(
+            noisy_latents, velocity_cfg, sigma, sigma_next, mode, args.sde_noise_scale, step_noise
+        )
+        for _ in range(args.trajectory_length):
+            place = draw(lambda generator: torch.rand((), generator=generator), generators, device)
+            sigma_aux = sigma_next + place * (sigma_upper - sigma_next)
+            aux_latents.append(soar_utils.renoise(rollout_latents, noise, sigma_next, sigma_aux))
+            aux_sigmas.append(sigma_aux)
+
+    # 4. From each of them, the velocity that leads to the clean latents.
+    samples = torch.arange(n_base, device=device).repeat(len(aux_latents))
+    states = (torch.cat(aux_latents), torch.cat(aux_sigmas), samples)
+    chunks = list(zip(*(part.split(args.aux_batch_size or n_base) for part in states), strict=True))
+    for number, (aux_latents, sigma_aux, samples) in enumerate(chunks, start=1):
+        with sync(number == len(chunks)):
+            velocity = predict(aux_latents, sigma_aux, samples=samples)
+            target = soar_utils.correction_target(aux_latents, latents[samples], sigma_aux)
+            losses = sample_losses(velocity, target, sigma_aux)
+            yield args.lambda_aux * losses.sum() / denominator, {"loss_aux": losses.detach().sum() / n_aux}
+
+
+def main(args):
+    # Setup
+    accelerator = make_accelerator(args)
+    device = accelerator.device
+    weight_dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
+    global_batch_size = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
+    args.cache_dir = args.cache_dir or os.path.join(args.output_dir, "cache")
+
+    # Everything that can be wrong with the input, before any model loads
+    run_on_main(accelerator, make_folders, args.output_dir, args.cache_dir)
+    model_config = run_on_main(accelerator, check_model, args)
+    checkpoint, saved_state = run_on_main(
+        accelerator, find_checkpoint, args.output_dir, args.resume_from_checkpoint, args.overwrite_output_dir
+    )
+    if args.seed is None:
+        seed = saved_state["arguments"]["seed"] if checkpoint else random.getrandbits(31)
+        args.seed = run_on_main(accelerator, lambda: seed)
+    logger.info(f"Seed {args.seed}, {accelerator.num_processes} processes, global batch {global_batch_size}")
+    with accelerator.main_process_first():
+        rows = load_images(args)
+    inspected = run_on_main(accelerator, inspect_images, args, model_config, rows)
+    if len(inspected) < global_batch_size:
+        fail(f"{len(inspected)} images are fewer than one global batch of {global_batch_size}")
+    if args.max_train_steps is None:
+        args.max_train_steps = math.ceil(args.num_train_epochs * len(inspected) / global_batch_size)
+    rehearse_lr_scheduler(args)
+    trainer_state = make_trainer_state(args, global_batch_size, inspected)
+    if checkpoint:
+        run_on_main(accelerator, check_resume, checkpoint, saved_state, trainer_state)
+
+    # Encoders and caches
+    model_dir = args.pretrained_model_name_or_path
+    if not os.path.isdir(model_dir):
+        with accelerator.main_process_first():
+            model_dir = download_model(args)
+    encoder_digests = None
+    if args.cache_latents or args.cache_prompt_embeds:
+        encoder_digests = run_on_main(accelerator, digest_encoders, args, model_dir, weight_dtype)
+    train_dataset = TrainingImages(args, rows, inspected, encoder_digests)
+    captions = [item["caption"] for item in inspected]
+    run_on_main(accelerator, report_truncation, model_dir, captions, args.max_sequence_length, args.no_text_encoder_3)
+    with loading(args.pretrained_model_name_or_path):
+        vae = AutoencoderKL.from_pretrained(model_dir, subfolder="vae", variant=args.variant, use_safetensors=True)
+    vae.requires_grad_(False).eval().to("cpu" if args.cache_latents or args.offload else device)
+    prompts = ["", *args.validation_prompt]
+    if args.cache_latents or args.cache_prompt_embeds:
+        build_caches(args, accelerator, train_dataset, model_dir, model_config, vae, weight_dtype, prompts)
+    prompt_embeds, text_encoders = embed_prompts(
+        args, train_dataset, model_dir, model_config, weight_dtype, prompts, device
+    )
+    null_embeds = {name: tensor[None].to(device) for name, tensor in prompt_embeds[""].items()}
+    free_memory()
+
+    # Model and optimizer
+    with loading(args.pretrained_model_name_or_path, checkpoint):
+        transformer = load_transformer(args, model_dir, weight_dtype, checkpoint)
+    if args.gradient_checkpointing:
+        transformer.enable_gradient_checkpointing()
+    if args.torch_compile:
+        # Every kind of block is compiled for every size: with gradient, without, for a last chunk, for validation.
+        # Whole, too, under DDP, which would cut the graphs along its buckets.
+        torch._dynamo.config.optimize_ddp = False
+        torch._dynamo.config.recompile_limit = 16 * len({tuple(item["size"]) for item in inspected})
+        for block in transformer.transformer_blocks:
+            block.compile(dynamic=False)
+    transformer.train()
+    with failing_with(f"--optimizer {args.optimizer}"):
+        optimizer = make_optimizer(args, [p for p in transformer.parameters() if p.requires_grad])
+    transformer, optimizer = accelerator.prepare(transformer, optimizer)
+    parameters = [p for p in transformer.parameters() if p.requires_grad]  # with FSDP2 others: sharded ones
+    if accelerator.is_fsdp2 and accelerator.mixed_precision != "no":
+        transformer.forward = accelerator.autocast()(transformer.forward)  # see `make_accelerator`
+    ema = None
+    if args.use_ema:
+        ema = EMAModel(parameters, decay=args.ema_decay)
+        ema.to("cpu" if args.offload_ema else device, dtype=torch.float32)  # bf16 would lose its small steps
+    register_checkpoint_hooks(accelerator, transformer)
+    if checkpoint:
+        with loading(args.pretrained_model_name_or_path, checkpoint):
+            accelerator.load_state(checkpoint)
+            if ema is not None:
+                load_ema(ema, checkpoint)
+        logger.info(f"Resumed from {checkpoint}")
+    global_step = saved_state["step"]
+    skipped_steps = saved_state.get("skipped_steps", 0)
+    lr_scheduler = make_lr_scheduler(args, optimizer.optimizer, global_step)
+    batches = iter(make_dataloader(args, accelerator, train_dataset, global_step))
+    if accelerator.is_main_process and args.overwrite_output_dir and not args.resume_from_checkpoint:
+        for path in old_results(args.output_dir):  # only now that everything has loaded and nothing can be wrong
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    if args.report_to != "none":
+        tracked = {k: v if isinstance(v, (int, float, str)) else str(v) for k, v in public_arguments(args).items()}
+        accelerator.init_trackers(Path(__file__).stem, tracked)
+    logger.info(f"{sum(p.numel() for p in parameters):,} trained parameters, {args.max_train_steps} steps")
+
+    # Training
+    signals = collect_stop_signals()
+    hidden = not accelerator.is_main_process
+    progress = tqdm(desc="Training", total=args.max_train_steps, initial=global_step, unit="step", disable=hidden)
+    while global_step < args.max_train_steps:
+        started = time.perf_counter()
+        sums = defaultdict(float)  # of what is logged, on the device
+        names = []
+        for micro_step in range(1, args.gradient_accumulation_steps + 1):
+            batch = prepare_batch(next(batches), null_embeds, vae, text_encoders, args.max_sequence_length, device)
+            names += batch["name"]
+            last_batch = micro_step == args.gradient_accumulation_steps
+            predict = functools.partial(predict_velocity, transformer, batch)
+            sync = functools.partial(gradient_sync, accelerator, transformer, last_batch)
+            latents, generators = batch["latents"], batch["generators"]
+            for loss, shares in training_losses(args, predict, latents, generators, model_config["shift"], sync):
+                accelerator.backward(loss)
+                for name, share in {"loss": loss.detach(), **shares}.items():
+                    sums[name] += share / args.gradient_accumulation_steps
+        grad_norm = accelerator.clip_grad_norm_(parameters, args.max_grad_norm or math.inf)
+        if hasattr(grad_norm, "full_tensor"):  # FSDP2 gives a sharded tensor, DeepSpeed a float or nothing
+            grad_norm = grad_norm.full_tensor()
+        sums["grad_norm"] = torch.as_tensor(0.0 if grad_norm is None else grad_norm, device=device)
+        sums["signals"] = torch.tensor(float(len(signals)), device=device)  # one to any process stops all
+        # The one place of the step where the host waits for the device.
+        means = accelerator.reduce(torch.stack([*sums.values()]), "mean").tolist()
+        logs = dict(zip(sums, means, strict=True))
+        stopping = logs.pop("signals") > 0
+        # fp16's scaler deals with a gradient that is not finite itself.
+        checked = logs if accelerator.scaler is None else logs.keys() - {"grad_norm"}
+        if not all(math.isfinite(logs[name]) for name in checked):
+            skipped_steps += 1
+            what = f"step {global_step + 1}: not finite ({logs}); samples {', '.join(gather_object(names))}"
+            if skipped_steps > args.max_skipped_steps:
+                saved = sorted(Path(args.output_dir).glob("checkpoint-*"), key=checkpoint_step)
+                fail(f"{what}. The step was not taken. Last checkpoint: {saved[-1] if saved else 'none'}")
+            logger.warning(f"Skipped {what}")
+        else:
+            skipped_steps = 0
+            # The rounding of --full_bf16: alike on all processes, and after a restart.
+            torch.manual_seed(derive_seed(args.seed, "rounding", global_step))
+            optimizer.step()
+            if ema is not None:
+                ema.to(device)
+                ema.step(parameters)
+                ema.to("cpu" if args.offload_ema else device)
+        logs["lr"] = float(lr_scheduler.get_last_lr()[0])
+        logs["skipped_steps"] = skipped_steps
+        lr_scheduler.step()
+        optimizer.zero_grad()
+        global_step += 1
+        trainer_state |= {"step": global_step, "skipped_steps": skipped_steps}
+        logs["samples_per_second"] = global_batch_size / (time.perf_counter() - started)
+        accelerator.log(logs, step=global_step)
+        progress.update()
+        progress.set_postfix(loss=logs["loss"], lr=logs["lr"])
+
+        if global_step % args.checkpointing_steps == 0 or stopping:
+            save_checkpoint(accelerator, ema, trainer_state, args.output_dir, args.checkpoints_total_limit)
+        if stopping:
+            accelerator.end_training()
+            logger.info(f"Stopped by a signal after step {global_step}; --resume_from_checkpoint latest goes on.")
+            sys.exit(EXIT_INTERRUPTED)
+        if args.validation_prompt and global_step % args.validation_steps == 0 and global_step < args.max_train_steps:
+            with averaged_weights(ema, parameters):
+                log_validation(args, accelerator, transformer, vae, model_dir, prompt_embeds, global_step, signals)
+    progress.close()
+    on_stop_signals(signal.SIG_DFL)
+
+    # Result
+    samples = {}
+    with averaged_weights(ema, parameters):
+        if args.validation_prompt and not args.skip_final_inference:
+            samples = log_validation(args, accelerator, transformer, vae, model_dir, prompt_embeds, global_step)
+        save_result(args, accelerator, transformer, samples)
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+
+
+# Arguments and errors
+
+
+def check_args(parser, args):
+    """End with `parser`'s one line and code 2 where arguments that are each right do not go together."""
+    sources = ("dataset_name", "train_data_dir", "jsonl_path")
+    given = [f"--{flag}" for flag in sources if getattr(args, flag) is not None]
+    if len(given) != 1:
+        parser.error(f"give exactly one of --dataset_name, --train_data_dir and --jsonl_path (got {given or 'none'})")
+    if (args.jsonl_path is None) != (args.image_dir is None):
+        parser.error("--jsonl_path and --image_dir belong together: give both or none")
+    for flag in ("train_data_dir", "image_dir", "jsonl_path"):
+        path, kind = getattr(args, flag), "file" if flag == "jsonl_path" else "folder"
+        if path is not None and not (os.path.isfile(path) if kind == "file" else os.path.isdir(path)):
+            parser.error(f"--{flag} {path}: no such {kind}")
+    try:
+        buckets = training_sizes(args)
+    except ValueError as error:
+        parser.error(f"--aspect_ratio_buckets: {error}")
+    if args.resolution % 16 or any(side % 16 for bucket in buckets for side in bucket):
+        parser.error("--resolution and every side of --aspect_ratio_buckets must be divisible by 16")
+
+    optimizers = {"prodigyopt": args.optimizer == "prodigy", "bitsandbytes": args.use_8bit_adam}
+    for package, wanted in (optimizers | {"torchao": args.full_bf16}).items():
+        if wanted and importlib.util.find_spec(package) is None:
+            parser.error(f"{package} is not installed: `pip install {package}`")
+    if args.use_8bit_adam and args.optimizer != "adamw":
+        parser.error(f"--use_8bit_adam goes with --optimizer adamw, not {args.optimizer}")
+    if args.full_bf16 and (args.use_8bit_adam or args.optimizer != "adamw"):
+        parser.error("--full_bf16 has an 8-bit AdamW of its own: leave --use_8bit_adam and --optimizer out")
+    installed = [tracker.value for tracker in get_available_trackers()]
+    if args.report_to in LOGGER_TYPE_TO_CLASS and args.report_to not in installed:
+        parser.error(f"--report_to {args.report_to}: not installed; `pip install {args.report_to}`, or none")
+
+
+def training_sizes(args):
+    """The sizes (height, width) in pixels that an image may be trained at. `ValueError`: malformed buckets."""
+    if args.aspect_ratio_buckets:
+        return parse_buckets_string(args.aspect_ratio_buckets)
+    if args.use_aspect_ratio_buckets:
+        return generate_aspect_ratio_buckets(args.resolution)
+    return [(args.resolution, args.resolution)]
 
 
 def between(minimum, maximum, kind=float):
@@ -236,6 +546,11 @@ def between(minimum, maximum, kind=float):
     return parse
 
 
+def at_least(minimum, kind=int):
+    """Argparse type: a finite number not below `minimum`."""
+    return between(minimum, math.inf, kind)
+
+
 def finite(text):
     """Argparse type: any finite number."""
     if not math.isfinite(value := float(text)):
@@ -243,57 +558,15 @@ def finite(text):
     return value
 
 
-def check_args(parser, input_args):
-    """Parse, and check what one argument alone does not show. Returns the namespace, with `command` to repeat it."""
-    argv = sys.argv[1:] if input_args is None else list(input_args)
-    args = parser.parse_args(argv)
-    pairs = zip(argv, ["", *argv[:-1]], strict=True)
-    shown = [word for word, before in pairs if before != "--hub_token" and not word.startswith("--hub_token")]
-    args.command = shlex.join([Path(__file__).name, *shown])
+def public_arguments(args):
+    """The arguments as a dictionary, without secrets."""
+    return {name: value for name, value in vars(args).items() if name != "hub_token"}
 
-    sources = {flag: getattr(args, flag) for flag in ("dataset_name", "train_data_dir", "jsonl_path")}
-    given = [f"--{flag}" for flag, value in sources.items() if value is not None]
-    if len(given) != 1:
-        parser.error(f"give exactly one of --dataset_name, --train_data_dir and --jsonl_path (got {given or 'none'})")
-    if (args.jsonl_path is None) != (args.image_dir is None):
-        parser.error("--jsonl_path and --image_dir belong together: give both or none")
-    for flag in ("train_data_dir", "image_dir", "jsonl_path"):
-        path, kind = getattr(args, flag), "file" if flag == "jsonl_path" else "folder"
-        if path is not None and not (os.path.isfile(path) if kind == "file" else os.path.isdir(path)):
-            parser.error(f"--{flag} {path}: no such {kind}")
 
-    args.validation_prompt = list(dict.fromkeys(args.validation_prompt))  # a prompt given twice is sampled once
-    args.buckets = [(args.resolution, args.resolution)]
-    if args.aspect_ratio_buckets:
-        try:
-            args.buckets = parse_buckets_string(args.aspect_ratio_buckets)
-        except ValueError as error:
-            parser.error(f"--aspect_ratio_buckets: {error}")
-    elif args.use_aspect_ratio_buckets:
-        args.buckets = generate_aspect_ratio_buckets(args.resolution)
-    if args.resolution % 16 or any(side % 16 for bucket in args.buckets for side in bucket):
-        parser.error("--resolution and every side of --aspect_ratio_buckets must be divisible by 16")
-
-    optimizers = {"prodigyopt": args.optimizer == "prodigy", "bitsandbytes": args.use_8bit_adam}
-    for package, wanted in (optimizers | {"torchao": args.full_bf16}).items():
-        if wanted and importlib.util.find_spec(package) is None:
-            parser.error(f"{package} is not installed: `pip install {package}`")
-    if args.use_8bit_adam and args.optimizer != "adamw":
-        parser.error(f"--use_8bit_adam goes with --optimizer adamw, not {args.optimizer}")
-    if args.full_bf16 and (args.use_8bit_adam or args.optimizer != "adamw"):
-        parser.error("--full_bf16 has an 8-bit AdamW of its own: leave --use_8bit_adam and --optimizer out")
-    if args.lr_scheduler == "piecewise_constant":
-        try:
-            get_scheduler(args.lr_scheduler, torch.optim.SGD([torch.zeros(1)]), step_rules=args.lr_step_rules)
-        except (AttributeError, ValueError):
-            rules = f"--lr_step_rules {args.lr_step_rules}"
-            parser.error(f"--lr_scheduler piecewise_constant, {rules}: give rules such as 1:10,0.1:20,0.01")
-    if args.report_to not in ("none", "all", *LOGGER_TYPE_TO_CLASS):
-        parser.error(f"--report_to {args.report_to}: choose one of none, all, {', '.join(LOGGER_TYPE_TO_CLASS)}")
-    installed = [tracker.value for tracker in get_available_trackers()]
-    if args.report_to in LOGGER_TYPE_TO_CLASS and args.report_to not in installed:
-        parser.error(f"--report_to {args.report_to}: not installed; `pip install {args.report_to}`, or none")
-    return args
+def public_command(argv):
+    """The command line to paste, without secrets."""
+    shown = [w for w, last in zip(argv, ["", *argv], strict=False) if not {w.split("=")[0], last} & {"--hub_token"}]
+    return shlex.join([Path(__file__).name, *shown])
 
 
 def fail(message):
@@ -310,17 +583,19 @@ def failing_with(what):
         fail(f"{what}: {str(error.__cause__ or error)[:500]}")
 
 
-def loading(args):
-    """Around the loading of weights: a missing, pickled or broken file ends the run with one line."""
-    return failing_with(f"--pretrained_model_name_or_path {args.pretrained_model_name_or_path} cannot be loaded")
+def loading(name, checkpoint=None):
+    """Around the loading of weights: a missing, pickled or broken file of the model or checkpoint gives one line."""
+    if checkpoint:
+        return failing_with(f"--resume_from_checkpoint {checkpoint} is damaged")
+    return failing_with(f"--pretrained_model_name_or_path {name} cannot be loaded")
 
 
-def run_on_main(accelerator, function):
+def run_on_main(accelerator, function, *inputs):
     """Call `function` on the main process; every process returns its result, or ends with its error message."""
     outcome = [None, None]
     if accelerator.is_main_process:
         try:
-            outcome[0] = function()
+            outcome[0] = function(*inputs)
         except SystemExit as error:
             outcome[1] = str(error)
     broadcast_object_list(outcome)
@@ -329,18 +604,125 @@ def run_on_main(accelerator, function):
     return outcome[0]
 
 
+# Setup
+
+
+def make_accelerator(args):
+    """The `Accelerator`, and the logs; refuses what the launcher's configuration and the arguments cannot do both."""
+    with failing_with("--mixed_precision"):
+        accelerator = Accelerator(
+            mixed_precision=args.mixed_precision,
+            gradient_accumulation_steps=args.gradient_accumulation_steps,
+            log_with=None if args.report_to == "none" else args.report_to,
+            project_config=ProjectConfiguration(args.output_dir, logging_dir=os.path.join(args.output_dir, "logs")),
+            kwargs_handlers=[
+                # SD3.5's position table is a buffer of 0.9 GB that never changes: do not send it at every forward.
+                DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
+                # Others wait while the main process checks the images; a process that dies is ended by its launcher.
+                InitProcessGroupKwargs(timeout=datetime.timedelta(hours=12)),
+            ],
+        )
+    deepspeed = accelerator.state.deepspeed_plugin
+    if deepspeed is not None:
+        # Read from a prepared data loader otherwise.
+        deepspeed.deepspeed_config["train_micro_batch_size_per_gpu"] = args.train_batch_size
+        if args.use_ema:
+            fail("--use_ema does not work with DeepSpeed, which hides its float32 weights; use FSDP2 (fsdp2.yaml)")
+    if accelerator.is_fsdp2 and accelerator.mixed_precision != "no":
+        # Its own casting of inputs would round the timestep to 8 bits: `main` has autocast do it instead.
+        plugin = accelerator.state.fsdp_plugin
+        plugin.mixed_precision_policy = dataclasses.replace(plugin.mixed_precision_policy, cast_forward_inputs=False)
+    if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
+        fail("--mixed_precision fp16 needs a GPU; use bf16 or no on a CPU")
+    if args.full_bf16 and (accelerator.mixed_precision != "bf16" or accelerator.is_fsdp2 or deepspeed is not None):
+        fail("--full_bf16 needs --mixed_precision bf16, and one GPU or DDP: FSDP2 and DeepSpeed keep float32 weights")
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S", level=logging.INFO)
+    logging.getLogger("accelerate").setLevel(logging.WARNING)
+    for library in (datasets, diffusers, transformers):
+        library.utils.logging.set_verbosity_error()
+    torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
+    return accelerator
+
+
+def make_folders(output_dir, cache_dir):
+    """Make both, and see that they can be written."""
+    with failing_with("--output_dir or --cache_dir cannot be written"):
+        for folder in (output_dir, cache_dir):
+            os.makedirs(folder, exist_ok=True)
+            tempfile.TemporaryFile(dir=folder).close()
+
+
+# Model and optimizer
+
+
+def check_model(args):
+    """
+    Read the configs of the pipeline's parts and refuse what these scripts cannot train, before any weights load.
+
+    Returns:
+        `dict`: `shift`, and the sizes that data and caches depend on.
+    """
+    name, hub = args.pretrained_model_name_or_path, {"revision": args.revision, "token": args.hub_token}
+    with failing_with(f"--pretrained_model_name_or_path {name} is not a Stable Diffusion 3 pipeline"):
+        class_name = StableDiffusion3Pipeline.load_config(name, **hub).get("_class_name", "")
+        if not class_name.startswith("StableDiffusion3"):
+            raise ValueError("its model_index.json names another pipeline")
+        transformer = SD3Transformer2DModel.load_config(name, subfolder="transformer", **hub)
+        scheduler = diffusers.FlowMatchEulerDiscreteScheduler.load_config(name, subfolder="scheduler", **hub)
+        vae = AutoencoderKL.load_config(name, subfolder="vae", **hub)
+        if os.path.isdir(name):
+            for part in ("transformer", "vae", *text_parts(args.no_text_encoder_3)):
+                is_model = Path(name, part, "config.json").is_file()  # and not a tokenizer
+                if is_model and not any(Path(name, part).glob("*.safetensors")):
+                    raise ValueError(f"{part} has no weights as safetensors, and pickled ones are not loaded")
+        vae_scale_factor = 2 ** (len(vae["block_out_channels"]) - 1)
+        divisor = vae_scale_factor * transformer["patch_size"]
+        max_side = divisor * transformer["pos_embed_max_size"]
+    if scheduler.get("use_dynamic_shifting"):
+        fail(f"{name}: its scheduler uses dynamic shifting; these scripts need a constant `shift`, as SD3.5 has")
+    trained_layers(args, transformer)
+    model_config = {
+        "shift": scheduler.get("shift", 1.0),
+        "latent_channels": vae["latent_channels"],
+        "vae_scale_factor": vae_scale_factor,
+        "divisor": divisor,
+        "max_side": max_side,
+        "joint_attention_dim": transformer["joint_attention_dim"],
+        "embeds_size": transformer["joint_attention_dim"] * (77 + args.max_sequence_length)
+        + transformer["pooled_projection_dim"],
+    }
+    for side in {args.resolution, *itertools.chain(*training_sizes(args))}:
+        check_side(side, model_config, "--resolution or --aspect_ratio_buckets")
+    return model_config
+
+
+def check_side(side, model_config, what):
+    """Refuse an image side, in pixels, that the model cannot take; `what` names where it came from."""
+    divisor, max_side = math.lcm(16, model_config["divisor"]), model_config["max_side"]
+    if side % divisor or not 0 < side <= max_side:
+        fail(f"{what}: side {side} must be divisible by {divisor} and at most {max_side} for this model")
+
+
+def download_model(args):
+    """The hub's pipeline, in its local cache; without what this run does not need. Returns its folder."""
+    name = args.pretrained_model_name_or_path
+    hub = {"revision": args.revision, "variant": args.variant, "token": args.hub_token}
+    unused = dict.fromkeys({*TEXT_PARTS} - {*text_parts(args.no_text_encoder_3)})
+    with loading(name):
+        return StableDiffusion3Pipeline.download(name, use_safetensors=True, **hub, **unused)
+
+
 def trained_layers(args, config):
     """Names of the layers that are trained: `None` stands for all of them."""
     return None
 
 
-def load_transformer(args, folder, weight_dtype, checkpoint=None):
+def load_transformer(args, model_dir, weight_dtype, checkpoint=None):
     """
     The transformer to train, all weights in float32 or --full_bf16, from `checkpoint` where there is one.
 
     Args:
-        args (`argparse.Namespace`): The command line.
-        folder (`str`): Local pipeline folder.
+        model_dir (`str`): Local pipeline folder.
         weight_dtype (`torch.dtype`): Of the weights with --full_bf16.
         checkpoint (`str`, *optional*): Folder that [`save_transformer`] wrote.
 
@@ -348,7 +730,7 @@ def load_transformer(args, folder, weight_dtype, checkpoint=None):
         `SD3Transformer2DModel`: its trainable parameters have `requires_grad`.
     """
     return SD3Transformer2DModel.from_pretrained(
-        checkpoint or folder,
+        checkpoint or model_dir,
         subfolder="transformer",
         variant=None if checkpoint else args.variant,
         dtype=weight_dtype if args.full_bf16 else torch.float32,
@@ -376,52 +758,97 @@ def save_transformer(accelerator, transformer, folder):
     )
 
 
-def check_model(args):
+def predict_velocity(transformer, batch, noisy_latents, sigma, samples=slice(None), null=False):
     """
-    Read the configs of the pipeline's parts and refuse what these scripts cannot train, before any weights load.
-
-    Returns:
-        `dict`: `shift`, and the sizes that data and caches depend on.
+    The velocity that [`training_losses`] asks for: of states `noisy_latents` `(N, C, H, W)` at `sigma` `(N,)`, under
+    the captions of the batch, of [`prepare_batch`], or of its `samples`, as many; with `null` under the empty caption.
     """
-    name, hub = args.pretrained_model_name_or_path, {"revision": args.revision, "token": args.hub_token}
-    with failing_with(f"--pretrained_model_name_or_path {name} is not a Stable Diffusion 3 pipeline"):
-        class_name = StableDiffusion3Pipeline.load_config(name, **hub).get("_class_name", "")
-        if not class_name.startswith("StableDiffusion3"):
-            raise ValueError("its model_index.json names another pipeline")
-        transformer = SD3Transformer2DModel.load_config(name, subfolder="transformer", **hub)
-        scheduler = diffusers.FlowMatchEulerDiscreteScheduler.load_config(name, subfolder="scheduler", **hub)
-        vae = AutoencoderKL.load_config(name, subfolder="vae", **hub)
-        if os.path.isdir(name):
-            parts = ["transformer", "vae", "text_encoder", "text_encoder_2", "text_encoder_3"]
-            for part in parts[:-1] if args.no_text_encoder_3 else parts:
-                if Path(name, part).is_dir() and not any(Path(name, part).glob("*.safetensors")):
-                    raise ValueError(f"{part} has no weights as safetensors, and pickled ones are not loaded")
-        vae_scale_factor = 2 ** (len(vae["block_out_channels"]) - 1)
-        divisor = vae_scale_factor * transformer["patch_size"]
-        max_side = divisor * transformer["pos_embed_max_size"]
-    if scheduler.get("use_dynamic_shifting"):
-        fail(f"{name}: its scheduler uses dynamic shifting; these scripts need a constant `shift`, as SD3.5 has")
-    trained_layers(args, transformer)
-    model = {
-        "shift": scheduler.get("shift", 1.0),
-        "latent_channels": vae["latent_channels"],
-        "vae_scale_factor": vae_scale_factor,
-        "divisor": divisor,
-        "max_side": max_side,
-        "joint_attention_dim": transformer["joint_attention_dim"],
-        "embeds_size": transformer["joint_attention_dim"] * (77 + args.max_sequence_length)
-        + transformer["pooled_projection_dim"],
-    }
-    for side in {args.resolution, *itertools.chain(*args.buckets)}:
-        check_side(side, model, "--resolution or --aspect_ratio_buckets")
-    return model
+    kind = "null_" if null else ""
+    return transformer(
+        hidden_states=noisy_latents,
+        timestep=soar_utils.sigma_to_timestep(sigma),
+        encoder_hidden_states=batch[f"{kind}prompt_embeds"][samples],
+        pooled_projections=batch[f"{kind}pooled_prompt_embeds"][samples],
+        return_dict=False,
+    )[0]
 
 
-def check_side(side, model, what):
-    """Refuse an image side, in pixels, that the model cannot take; `what` names where it came from."""
-    divisor = math.lcm(16, model["divisor"])
-    if side % divisor or not 0 < side <= model["max_side"]:
-        fail(f"{what}: side {side} must be divisible by {divisor} and at most {model['max_side']} for this model")
+@contextlib.contextmanager
+def gradient_sync(accelerator, transformer, last_batch, last):
+    """Around a forward and its backward: processes average gradients at the `last` one of the step's `last_batch`."""
+    accelerator.sync_gradients = last_batch and last  # what `accelerator.accumulate` finds out by counting
+    with contextlib.nullcontext() if accelerator.sync_gradients else accelerator.no_sync(transformer):
+        yield
+
+
+def make_optimizer(args, parameters):
+    """AdamW, AdamW with 8-bit state, for float32 weights or bf16 ones, or Prodigy."""
+    common = {"lr": args.learning_rate, "weight_decay": args.adam_weight_decay, "eps": args.adam_epsilon}
+    common["betas"] = (args.adam_beta1, args.adam_beta2)
+    if args.optimizer == "prodigy":
+        from prodigyopt import Prodigy
+
+        return Prodigy(
+            parameters,
+            **common,
+            beta3=args.prodigy_beta3,
+            decouple=args.prodigy_decouple,
+            use_bias_correction=args.prodigy_use_bias_correction,
+            safeguard_warmup=args.prodigy_safeguard_warmup,
+        )
+    if args.use_8bit_adam:
+        from bitsandbytes.optim import AdamW8bit
+
+        return AdamW8bit(parameters, **common)
+    if args.full_bf16:
+        from torchao.optim import AdamW8bit
+
+        # Most updates are smaller than half a step between bf16 numbers. Rounding at random, in proportion, keeps them
+        # on average; rounding to the nearest would lose them.
+        return AdamW8bit(parameters, **common, bf16_stochastic_round=True)
+    return torch.optim.AdamW(parameters, **common, fused=True)
+
+
+def make_lr_scheduler(args, optimizer, steps_done=0):
+    """The learning rate's schedule, from optimizer step `steps_done` on."""
+    return get_scheduler(
+        args.lr_scheduler,
+        optimizer,
+        step_rules=args.lr_step_rules,
+        num_warmup_steps=args.lr_warmup_steps,
+        num_training_steps=args.max_train_steps,
+        num_cycles=args.lr_num_cycles,
+        power=args.lr_power,
+        last_epoch=steps_done - 1,
+    )
+
+
+def rehearse_lr_scheduler(args):
+    """Refuse a schedule that cannot be made, or fails on its way, before anything loads."""
+    hint = f"--lr_step_rules {args.lr_step_rules} (want such as 1:10,0.1:20,0.01)"
+    if args.lr_scheduler != "piecewise_constant":
+        hint = "with its --lr_ arguments and --learning_rate"
+    with failing_with(f"--lr_scheduler {args.lr_scheduler}, {hint}"):
+        rehearsal = make_lr_scheduler(args, torch.optim.SGD([torch.zeros(1)], lr=args.learning_rate))
+        for step in (args.lr_warmup_steps, args.max_train_steps):
+            rehearsal.lr_lambdas[0](step)
+
+
+@contextlib.contextmanager
+def averaged_weights(ema, parameters):
+    """Inside the block the model holds the averaged weights, where there is an average."""
+    if ema is None:
+        yield
+        return
+    ema.store(parameters)
+    ema.copy_to(parameters)
+    try:
+        yield
+    finally:
+        ema.restore(parameters)
+
+
+# Data
 
 
 def load_images(args):
@@ -433,7 +860,7 @@ def load_images(args):
         size in pixels that the source asks for, or 0.
     """
     if args.jsonl_path is not None:
-        rows = datasets.Dataset.from_list(list(read_jsonl(args)))
+        rows = datasets.Dataset.from_list(list(read_jsonl(args.jsonl_path, args.image_dir)))
     else:
         source, split = args.dataset_name or args.train_data_dir, "train"
         with failing_with(f"{'--dataset_name' if args.dataset_name else '--train_data_dir'} {source}"):
@@ -452,6 +879,8 @@ def load_images(args):
             rows = rows.cast_column("image", datasets.Image(decode=False))
         with failing_with(f"--caption_column {args.caption_column} of {source} holds no text"):
             rows = rows.cast_column("caption", datasets.Value("string"))
+        captions = [caption or "" for caption in rows["caption"]]
+        rows = rows.remove_columns("caption").add_column("caption", captions)
         rows = rows.add_column("height", [0] * len(rows)).add_column("width", [0] * len(rows))
         if args.train_data_dir:
             for image in rows["image"]:
@@ -466,10 +895,10 @@ def load_images(args):
     return rows
 
 
-def read_jsonl(args):
+def read_jsonl(path, image_dir):
     """Yield a row for [`load_images`] from each line of --jsonl_path, the format of the authors' code."""
-    image_dir = Path(args.image_dir).resolve()
-    for where, record in read_json_lines(args.jsonl_path):
+    image_dir = Path(image_dir).resolve()
+    for where, record in read_json_lines(path):
         if not isinstance(record.get("md5"), str) or "caption_en" not in record:
             fail(f"{where} needs the fields `md5`, a text, and `caption_en`")
         height, width = record.get("bh") or 0, record.get("bw") or 0
@@ -478,11 +907,11 @@ def read_jsonl(args):
         if (height == 0) != (width == 0):
             fail(f"{where}: give both `bw` and `bh`, or none")
         candidates = [image_dir / f"{record['md5']}{suffix}" for suffix in (".jpg", ".jpeg", ".png", ".webp")]
-        path = next((path for path in candidates if os.path.isfile(path)), candidates[0])
-        if len(record["md5"]) > 200 or not is_inside(path, image_dir):
+        image = next((file for file in candidates if os.path.isfile(file)), candidates[0])
+        if len(record["md5"]) > 200 or not is_inside(image, image_dir):
             fail(f"{where}: `md5` {record['md5'][:200]!r} is no file name in --image_dir")
         caption = choose_caption(record["caption_en"])
-        yield {"image": {"path": str(path), "bytes": None}, "caption": caption, "height": height, "width": width}
+        yield {"image": {"path": str(image), "bytes": None}, "caption": caption, "height": height, "width": width}
 
 
 def read_json_lines(path):
@@ -521,64 +950,25 @@ def is_inside(path, folder):
         return False
 
 
-def read_image(image):
-    """
-    Decode one image.
-
-    Args:
-        image (`dict`): `bytes` of the file, or its `path`.
-
-    Returns:
-        `tuple[PIL.Image.Image, str]`: the image, RGB and upright by its EXIF orientation, and the SHA-256 of its file.
-
-    Raises:
-        Whatever PIL raises on a broken file, and `PIL.Image.DecompressionBombWarning` on a giant one, undecoded.
-    """
-    data = Path(image["path"]).read_bytes() if image["bytes"] is None else image["bytes"]
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        with Image.open(io.BytesIO(data)) as opened:
-            upright = ImageOps.exif_transpose(opened)
-    if upright.mode.startswith("I"):  # 16 bits of grey, which `convert` would cut off at 255
-        upright = Image.fromarray((np.asarray(upright) / 257).clip(0, 255).astype(np.uint8))
-    return upright.convert("RGB"), hashlib.sha256(data).hexdigest()
-
-
-def inspect_image(image):
-    """Name, size and digest of an image, or what is wrong with it; runs in data-loader workers."""
-    if image is None:
-        return {"name": None, "error": "its row has none"}
-    found = {"name": image["path"]}
-    try:
-        decoded, found["digest"] = read_image(image)
-        found["size"] = decoded.height, decoded.width
-    except Exception as error:  # a broken file raises whatever its decoder raises; the caller reports it
-        found["error"] = f"{type(error).__name__}: {error}"
-    return found
-
-
-def inspect_images(args, model, rows):
+def inspect_images(args, model_config, rows):
     """
     Decode every image once, so that a bad one is found now and not in the middle of the run, and choose its size.
 
-    Args:
-        args (`argparse.Namespace`): The command line.
-        model (`dict`): From [`check_model`].
-        rows (`datasets.Dataset`): From [`load_images`].
-
     Returns:
-        `list[dict]`: of each usable image its `row`, `name`, `digest`, and the `size` (height, width) to train at.
+        `list[dict]`: of each usable image its `row`, `name`, `digest`, `caption`, and the `size` (height, width) in
+        pixels to train at.
     """
     if len(rows) == 0:
         fail("the data set is empty")
-    captions = rows["caption"]
-    empty = sum(not (caption or "").strip() for caption in captions)
+    captions = rows["caption"][:]
+    empty = sum(not caption.strip() for caption in captions)
     if empty == len(rows):
         fail("every caption is empty; is this the right --caption_column?")
     if empty:
         logger.warning(f"{empty} of {len(rows)} captions are empty: those images train the unconditional model.")
 
     heights, widths = rows["height"], rows["width"]
+    buckets = training_sizes(args)
     loader = torch.utils.data.DataLoader(
         rows["image"], batch_size=None, collate_fn=inspect_image, num_workers=args.dataloader_num_workers
     )
@@ -592,18 +982,51 @@ def inspect_images(args, model, rows):
             continue
         size = heights[row], widths[row]
         if size == (0, 0):
-            size = args.buckets[find_nearest_bucket(*found["size"], args.buckets)]
+            size = buckets[find_nearest_bucket(*found["size"], buckets)]
         for side in size:
-            check_side(side, model, f"{name}: size in its data set")
-        inspected.append({"row": row, "name": name, "size": size, "digest": found["digest"]})
+            check_side(side, model_config, f"{name}: size in its data set")
+        inspected.append({"row": row, "name": name, "digest": found["digest"], "caption": captions[row], "size": size})
     sizes = Counter("{1}x{0}".format(*item["size"]) for item in inspected)
     logger.info(f"{len(inspected)} images, {len(rows) - len(inspected)} dropped; sizes {dict(sizes)}.")
     return inspected
 
 
-def derive_seed(*parts):
-    """A 64-bit seed from any printable parts; equal on every machine and in every process."""
-    return int.from_bytes(hashlib.sha256("/".join(map(str, parts)).encode()).digest()[:8], "little")
+def inspect_image(image):
+    """Name, size and digest of an image, or what is wrong with it; runs in data-loader workers."""
+    if image is None:
+        return {"name": None, "error": "its row has none"}
+    found = {"name": image["path"]}
+    try:
+        data = file_bytes(image)
+        decoded = decode_image(data)
+        found |= {"size": (decoded.height, decoded.width), "digest": hashlib.sha256(data).hexdigest()}
+    except Exception as error:  # a broken file raises whatever its decoder raises; the caller reports it
+        found["error"] = f"{type(error).__name__}: {error}"
+    return found
+
+
+def file_bytes(image):
+    """The bytes of an image's file, of a row's `image` (`dict` with `bytes`, or with a `path`)."""
+    return Path(image["path"]).read_bytes() if image["bytes"] is None else image["bytes"]
+
+
+def decode_image(data):
+    """
+    Decode one image from the bytes of its file.
+
+    Returns:
+        `PIL.Image.Image`: RGB, and upright by its EXIF orientation.
+
+    Raises:
+        Whatever PIL raises on a broken file, and `PIL.Image.DecompressionBombWarning` on a giant one, undecoded.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        with Image.open(io.BytesIO(data)) as opened:
+            upright = ImageOps.exif_transpose(opened)
+    if upright.mode.startswith("I"):  # 16 bits of grey, which `convert` would cut off at 255
+        upright = Image.fromarray((np.asarray(upright) / 257).clip(0, 255).astype(np.uint8))
+    return upright.convert("RGB")
 
 
 class TrainingImages(torch.utils.data.Dataset):
@@ -612,9 +1035,9 @@ class TrainingImages(torch.utils.data.Dataset):
     random about a sample depends on the seed and on its position, so no worker, process or restart changes it.
     """
 
-    def __init__(self, args, rows, inspected, encoders):
-        self.args, self.inspected, self.encoders = args, inspected, encoders
-        self.images, self.captions = rows["image"], rows["caption"]  # columns are read row by row, as asked for
+    def __init__(self, args, rows, inspected, encoder_digests):
+        self.args, self.inspected, self.encoder_digests = args, inspected, encoder_digests
+        self.images = rows["image"]  # read row by row, as asked for
 
     def __len__(self):
         return len(self.inspected)
@@ -622,7 +1045,7 @@ class TrainingImages(torch.utils.data.Dataset):
     def pixels(self, index, top, left, flip):
         """Resize so that the image covers its training size, crop, flip; `(3, H, W)` uint8."""
         item = self.inspected[index]
-        image, _ = read_image(self.images[item["row"]])
+        image = decode_image(file_bytes(self.images[item["row"]]))
         height, width = item["size"]
         scale = max(height / image.height, width / image.width)
         covering = max(width, round(image.width * scale)), max(height, round(image.height * scale))
@@ -639,18 +1062,16 @@ class TrainingImages(torch.utils.data.Dataset):
         return torch.rand(2, generator=torch.Generator().manual_seed(seed)).tolist()
 
     def latents_path(self, index, flip):
-        item, encoder = self.inspected[index], self.encoders["vae"]
-        return cache_path(self.args, "latents", item["digest"], item["size"], self.crop(index), flip, encoder)
+        item = self.inspected[index]
+        content = item["digest"], item["size"], self.crop(index), flip, self.encoder_digests["vae"]
+        return cache_path(self.args.cache_dir, "latents", *content)
 
     def embeds_path(self, caption):
-        return cache_path(self.args, "prompt_embeds", caption, self.encoders["text"])
+        return cache_path(self.args.cache_dir, "prompt_embeds", caption, self.encoder_digests["text"])
 
     def load_for_cache(self, item):
         path, (index, flip) = item
         return path, self.pixels(index, *self.crop(index), flip)
-
-    def caption(self, index):
-        return self.captions[self.inspected[index]["row"]] or ""
 
     def __getitem__(self, key):
         index, position = key
@@ -667,9 +1088,9 @@ class TrainingImages(torch.utils.data.Dataset):
         else:
             sample["pixels"] = self.pixels(index, *((0.5, 0.5) if self.args.center_crop else (top, left)), flip)
         if self.args.cache_prompt_embeds:
-            sample.update(load_file(self.embeds_path(self.caption(index))))
+            sample.update(load_file(self.embeds_path(self.inspected[index]["caption"])))
         else:
-            sample["caption"] = self.caption(index)
+            sample["caption"] = self.inspected[index]["caption"]
         return sample
 
 
@@ -733,10 +1154,10 @@ class BucketBatchSampler:
         return self.order(bucket, epoch)[place], batch_index * self.batch_size + i
 
 
-def make_dataloader(args, accelerator, images, first_step):
+def make_dataloader(args, accelerator, train_dataset, first_step):
     """The batches of this process from optimizer step `first_step` on, without end."""
     sampler = BucketBatchSampler(
-        [item["size"] for item in images.inspected],
+        [item["size"] for item in train_dataset.inspected],
         args.train_batch_size,
         args.seed,
         start=first_step * args.gradient_accumulation_steps * accelerator.num_processes,
@@ -744,7 +1165,7 @@ def make_dataloader(args, accelerator, images, first_step):
         num_processes=accelerator.num_processes,
     )
     return torch.utils.data.DataLoader(
-        images,
+        train_dataset,
         batch_sampler=sampler,
         collate_fn=collate,
         num_workers=args.dataloader_num_workers,
@@ -753,50 +1174,34 @@ def make_dataloader(args, accelerator, images, first_step):
     )
 
 
-def ignore_signals(worker):
-    """Data-loader workers leave signals to their process, which still needs them for the step that it finishes."""
-    for number in STOP_SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
+def derive_seed(*parts):
+    """A 64-bit seed from any printable parts; equal on every machine and in every process."""
+    return int.from_bytes(hashlib.sha256("/".join(map(str, parts)).encode()).digest()[:8], "little")
 
 
-def cache_path(args, kind, *content):
-    """File of a cached tensor: its name is a digest of all that the tensor depends on, so it cannot be stale."""
-    key = hashlib.sha256(json.dumps(content).encode()).hexdigest()
-    return os.path.join(args.cache_dir, kind, key[:2], f"{key}.safetensors")
+# Encoders and their caches
 
 
-def digest_encoders(args, folder, weight_dtype):
-    """What the cached tensors depend on besides the samples: the encoders' files, the length and the number format."""
-
-    def digest(*components):
-        paths = [path for name in components for path in sorted(Path(folder, name).rglob("*")) if path.is_file()]
-        digests = []
-        for path in tqdm(paths, desc="Reading the encoders' files", unit="file", leave=False):
-            with open(path, "rb") as file:
-                digests.append([path.name, hashlib.file_digest(file, "sha256").hexdigest()])
-        return digests
-
-    suffixes = ["", "_2"] if args.no_text_encoder_3 else ["", "_2", "_3"]
-    text = digest(*(f"{kind}{suffix}" for kind in ("text_encoder", "tokenizer") for suffix in suffixes))
-    return {"vae": digest("vae"), "text": [text, args.max_sequence_length, str(weight_dtype), args.no_text_encoder_3]}
+TEXT_PARTS = ("text_encoder", "text_encoder_2", "text_encoder_3", "tokenizer", "tokenizer_2", "tokenizer_3")
 
 
-def load_encoders(args, folder, weight_dtype, joint_attention_dim, device=None):
+def text_parts(no_text_encoder_3):
+    """The parts of the pipeline that encode prompts in this run."""
+    return [part for part in TEXT_PARTS if not (no_text_encoder_3 and part.endswith("_3"))]
+
+
+def load_text_encoders(args, model_dir, weight_dtype, joint_attention_dim, device):
     """
     The pipeline with its tokenizers and text encoders, and without its transformer and VAE.
 
     Args:
         joint_attention_dim (`int`): Width of the zeros that `encode_prompt` puts in place of a missing T5 encoder.
-        device (`torch.device`, *optional*): Where the encoders compute. Without it only the tokenizers are loaded.
+        device (`torch.device`): Where the encoders compute.
     """
-    missing = dict.fromkeys(["transformer", "vae"])
-    if args.no_text_encoder_3:
-        missing |= dict.fromkeys(["text_encoder_3", "tokenizer_3"])
-    if device is None:
-        missing |= dict.fromkeys(["text_encoder", "text_encoder_2", "text_encoder_3"])
-    with loading(args):
+    missing = dict.fromkeys({"transformer", "vae", *TEXT_PARTS} - {*text_parts(args.no_text_encoder_3)})
+    with loading(args.pretrained_model_name_or_path):
         pipeline = StableDiffusion3Pipeline.from_pretrained(
-            folder, variant=args.variant, dtype=weight_dtype, use_safetensors=True, **missing
+            model_dir, variant=args.variant, dtype=weight_dtype, use_safetensors=True, **missing
         )
     # `encode_prompt` asks the transformer for nothing but this width.
     pipeline.transformer = SimpleNamespace(config=SimpleNamespace(joint_attention_dim=joint_attention_dim))
@@ -809,21 +1214,15 @@ def load_encoders(args, folder, weight_dtype, joint_attention_dim, device=None):
 
 
 @torch.no_grad()
-def encode_prompts(args, pipeline, prompts, device):
+def encode_prompts(text_encoders, prompts, max_sequence_length, device):
     """
-    Embed prompts as the pipeline does when it generates.
+    Embed prompts as the pipeline does when it generates, with the pipeline of [`load_text_encoders`].
 
     Returns:
         `dict`: `prompt_embeds` `(B, tokens, joint_attention_dim)` and `pooled_prompt_embeds` `(B, pooled_dim)`.
     """
-    prompt_embeds, _, pooled_prompt_embeds, _ = pipeline.encode_prompt(
-        prompts,
-        prompts,
-        prompts,
-        device=device,
-        do_classifier_free_guidance=False,
-        max_sequence_length=args.max_sequence_length,
-    )
+    options = {"device": device, "do_classifier_free_guidance": False, "max_sequence_length": max_sequence_length}
+    prompt_embeds, _, pooled_prompt_embeds, _ = text_encoders.encode_prompt(prompts, None, None, **options)
     return {"prompt_embeds": prompt_embeds, "pooled_prompt_embeds": pooled_prompt_embeds}
 
 
@@ -856,17 +1255,19 @@ def draw(sample, generators, device):
     return (values.pin_memory() if device.type == "cuda" else values).to(device, non_blocking=True)
 
 
-def prepare_batch(args, batch, null, vae, pipeline, device):
+def prepare_batch(batch, null_embeds, vae, text_encoders, max_sequence_length, device):
     """
-    Add to a batch of the data loader what [`training_losses`] asks for, on the device.
+    Add to a batch of the data loader what [`training_losses`] and [`predict_velocity`] ask for, on the device.
 
     Args:
         batch (`dict`): From [`collate`].
-        null (`dict`): `prompt_embeds` and `pooled_prompt_embeds` of the empty caption, batch size 1, on the device.
-        pipeline (`StableDiffusion3Pipeline`): With the text encoders; `None` where the batch has embeddings.
+        null_embeds (`dict`): From [`encode_prompts`], of the one empty caption, on the device.
+        vae (`AutoencoderKL`): Only its config is used where the batch has `moments`, from the cache.
+        text_encoders (`StableDiffusion3Pipeline`): `None` where the batch has embeddings, from the cache.
 
     Returns:
-        `dict`: the batch.
+        `dict`: the batch, with `generators`, `latents`, `prompt_embeds` and `pooled_prompt_embeds`, and both of the
+        empty caption under `null_`.
     """
     batch["generators"] = [torch.Generator().manual_seed(seed) for seed in batch["seed"]]
     torch.manual_seed(batch["seed"][0])  # LoRA dropout: a function of the position in the run, like all else
@@ -875,23 +1276,43 @@ def prepare_batch(args, batch, null, vae, pipeline, device):
     else:
         moments = encode_images(vae, batch["pixels"], device)
     batch["latents"] = encode_latents(vae, moments, batch["generators"])
-    if pipeline is not None:
-        batch.update(encode_prompts(args, pipeline, batch["caption"], device))
+    if text_encoders is not None:
+        batch.update(encode_prompts(text_encoders, batch["caption"], max_sequence_length, device))
     drop = batch["drop"].to(device, non_blocking=True)
     for name in ("prompt_embeds", "pooled_prompt_embeds"):
         embed = batch[name].to(device, non_blocking=True)
-        batch[f"null_{name}"] = null[name].expand_as(embed)
+        batch[f"null_{name}"] = null_embeds[name].expand_as(embed)
         batch[name] = torch.where(drop.view(-1, *[1] * (embed.ndim - 1)), batch[f"null_{name}"], embed)
     return batch
 
 
-def report_truncation(args, folder, model, captions):
+def digest_encoders(args, model_dir, weight_dtype):
+    """What the cached tensors depend on besides the samples: the encoders' files, the length and the number format."""
+
+    def digest(*parts):
+        paths = [path for part in parts for path in sorted(Path(model_dir, part).rglob("*")) if path.is_file()]
+        digests = []
+        for path in tqdm(paths, desc="Reading the encoders' files", unit="file", leave=False):
+            with open(path, "rb") as file:
+                digests.append([path.name, hashlib.file_digest(file, "sha256").hexdigest()])
+        return digests
+
+    text = digest(*text_parts(args.no_text_encoder_3))
+    return {"vae": digest("vae"), "text": [text, args.max_sequence_length, str(weight_dtype), args.no_text_encoder_3]}
+
+
+def cache_path(cache_dir, kind, *content):
+    """File of a cached tensor: its name is a digest of all that the tensor depends on, so it cannot be stale."""
+    key = hashlib.sha256(json.dumps(content).encode()).hexdigest()
+    return os.path.join(cache_dir, kind, key[:2], f"{key}.safetensors")
+
+
+def report_truncation(model_dir, captions, max_sequence_length, no_text_encoder_3):
     """Count the captions that are longer than what the text encoders read."""
-    pipeline = load_encoders(args, folder, None, model["joint_attention_dim"])
-    lengths = {"CLIP": (pipeline.tokenizer, pipeline.tokenizer_max_length)}
-    if pipeline.tokenizer_3 is not None:
-        lengths["T5"] = (pipeline.tokenizer_3, args.max_sequence_length)
-    for name, (tokenizer, length) in lengths.items():
+    tokenizers = {"CLIP": "tokenizer"} if no_text_encoder_3 else {"CLIP": "tokenizer", "T5": "tokenizer_3"}
+    for name, part in tokenizers.items():
+        tokenizer = AutoTokenizer.from_pretrained(model_dir, subfolder=part)
+        length = tokenizer.model_max_length if name == "CLIP" else max_sequence_length
         truncated = 0
         for start in tqdm(range(0, len(captions), 1000), desc=f"Counting {name} tokens", unit="k captions"):
             tokens = tokenizer(captions[start : start + 1000], verbose=False).input_ids
@@ -899,61 +1320,70 @@ def report_truncation(args, folder, model, captions):
         logger.info(f"{truncated} of {len(captions)} captions are longer than the {length} tokens that {name} reads.")
 
 
-def build_caches(args, accelerator, images, folder, model, vae, weight_dtype, prompts):
+def plan_caches(args, train_dataset, model_config, weight_dtype, prompts):
     """
-    Encode what the run needs and the caches do not hold, each process its share; the next run finds it there.
-
-    Args:
-        images (`TrainingImages`): The samples.
-        prompts (`list[str]`): Prompts besides the captions: the empty one and those of the validation.
+    What the run needs and the caches do not hold; ends the run where there is no room for it.
 
     Returns:
-        `dict`: the embeddings of each of `prompts`, or `None` without --cache_prompt_embeds.
+        `tuple[list, list]`: of latents, pairs of file and `(index, flip)`; of embeddings, pairs of file and text.
     """
-
-    if not (args.cache_latents or args.cache_prompt_embeds):
-        return None
-
-    def plan():
-        latents, embeds = {}, {}
-        if args.cache_latents:
-            flips = [False, True] if args.random_flip else [False]
-            latents = {images.latents_path(i, flip): (i, flip) for i in range(len(images)) for flip in flips}
-        if args.cache_prompt_embeds:
-            captions = [*prompts, *(images.caption(i) for i in range(len(images)))]
-            embeds = {images.embeds_path(caption): caption for caption in captions}
-        missing = [[item for item in paths.items() if not os.path.exists(item[0])] for paths in (latents, embeds)]
-        pixels = sum(math.prod(images.inspected[i]["size"]) for _, (i, _) in missing[0])
-        needed = pixels // model["vae_scale_factor"] ** 2 * 2 * model["latent_channels"] * torch.float32.itemsize
-        needed += len(missing[1]) * model["embeds_size"] * weight_dtype.itemsize
-        free = shutil.disk_usage(args.cache_dir).free
-        logger.info(
-            f"Caches in {args.cache_dir}: {len(missing[0])} of {len(latents)} latents and {len(missing[1])} of "
-            f"{len(embeds)} prompt embeddings are missing and take {needed / 2**30:.2f} GiB."
-        )
-        if needed > free:
-            fail(f"--cache_dir {args.cache_dir}: {needed / 2**30:.1f} GiB to write, {free / 2**30:.1f} GiB free")
-        return missing
-
-    latents, embeds = (
-        missing[accelerator.process_index :: accelerator.num_processes] for missing in run_on_main(accelerator, plan)
+    latents, embeds = {}, {}
+    if args.cache_latents:
+        keys = itertools.product(range(len(train_dataset)), [False, True] if args.random_flip else [False])
+        latents = {train_dataset.latents_path(*key): key for key in keys}
+    if args.cache_prompt_embeds:
+        texts = [*prompts, *(item["caption"] for item in train_dataset.inspected)]
+        embeds = {train_dataset.embeds_path(text): text for text in texts}
+    missing = [[item for item in paths.items() if not os.path.exists(item[0])] for paths in (latents, embeds)]
+    pixels = sum(math.prod(train_dataset.inspected[index]["size"]) for _, (index, _) in missing[0])
+    moments = pixels // model_config["vae_scale_factor"] ** 2 * 2 * model_config["latent_channels"]
+    needed = moments * torch.float32.itemsize + len(missing[1]) * model_config["embeds_size"] * weight_dtype.itemsize
+    free = shutil.disk_usage(args.cache_dir).free
+    logger.info(
+        f"Caches in {args.cache_dir}: {len(missing[0])} of {len(latents)} latents and {len(missing[1])} of "
+        f"{len(embeds)} prompt embeddings are missing and take {needed / 2**30:.2f} GiB."
     )
+    if needed > free:
+        fail(f"--cache_dir {args.cache_dir}: {needed / 2**30:.1f} GiB to write, {free / 2**30:.1f} GiB free")
+    return missing
+
+
+def build_caches(args, accelerator, train_dataset, model_dir, model_config, vae, weight_dtype, prompts):
+    """Encode what [`plan_caches`] lists, each process its share; the next run finds it there."""
+    missing = run_on_main(accelerator, plan_caches, args, train_dataset, model_config, weight_dtype, prompts)
+    device = accelerator.device
+    latents, embeds = (part[accelerator.process_index :: accelerator.num_processes] for part in missing)
     progress = functools.partial(tqdm, disable=not accelerator.is_main_process)
     if latents:
         loader = torch.utils.data.DataLoader(
-            latents, batch_size=None, collate_fn=images.load_for_cache, num_workers=args.dataloader_num_workers
+            latents, batch_size=None, collate_fn=train_dataset.load_for_cache, num_workers=args.dataloader_num_workers
         )
-        with offload_models(vae, device=accelerator.device):
+        with offload_models(vae, device=device):
             for path, pixels in progress(loader, desc="Caching latents", unit="image"):
-                save_whole({"moments": encode_images(vae, pixels[None], accelerator.device)[0]}, path)
+                save_whole({"moments": encode_images(vae, pixels[None], device)[0]}, path)
     if embeds:
-        pipeline = load_encoders(args, folder, weight_dtype, model["joint_attention_dim"], accelerator.device)
-        for path, caption in progress(embeds, desc="Caching prompt embeddings", unit="caption"):
-            encoded = encode_prompts(args, pipeline, [caption], accelerator.device)
+        dim = model_config["joint_attention_dim"]
+        text_encoders = load_text_encoders(args, model_dir, weight_dtype, dim, device)
+        for path, text in progress(embeds, desc="Caching prompt embeddings", unit="caption"):
+            encoded = encode_prompts(text_encoders, [text], args.max_sequence_length, device)
             save_whole({name: tensor[0] for name, tensor in encoded.items()}, path)
     accelerator.wait_for_everyone()
+
+
+def embed_prompts(args, train_dataset, model_dir, model_config, weight_dtype, prompts, device):
+    """
+    The embeddings of `prompts`, from the cache or made now.
+
+    Returns:
+        `tuple[dict[str, dict], StableDiffusion3Pipeline]`: of each prompt what [`encode_prompts`] returns, without the
+        batch dimension; and the text encoders, for the captions, or `None` where those are cached.
+    """
     if args.cache_prompt_embeds:
-        return {prompt: load_file(images.embeds_path(prompt)) for prompt in prompts}
+        return {prompt: load_file(train_dataset.embeds_path(prompt)) for prompt in prompts}, None
+    dim = model_config["joint_attention_dim"]
+    text_encoders = load_text_encoders(args, model_dir, weight_dtype, dim, device)
+    encoded = {prompt: encode_prompts(text_encoders, [prompt], args.max_sequence_length, device) for prompt in prompts}
+    return {prompt: {name: tensor[0] for name, tensor in encoded[prompt].items()} for prompt in prompts}, text_encoders
 
 
 def save_whole(tensors, path):
@@ -964,26 +1394,194 @@ def save_whole(tensors, path):
     os.replace(temporary, path)
 
 
-@contextlib.contextmanager
-def averaged_weights(ema, parameters):
-    """Inside the block the model holds the averaged weights, where there is an average."""
-    if ema is None:
-        yield
-        return
-    ema.store(parameters)
-    ema.copy_to(parameters)
+# Checkpoints and resume
+
+
+RESULTS = "transformer pytorch_lora_weights.safetensors training_args.json README.md samples validation".split()
+
+
+def old_results(output_dir):
+    """What an earlier run has left in --output_dir."""
+    output = Path(output_dir)
+    return [path for path in (*(output / name for name in RESULTS), *output.glob("checkpoint-*")) if path.exists()]
+
+
+def find_checkpoint(output_dir, wanted, overwrite):
+    """
+    The checkpoint that --resume_from_checkpoint means. Without that flag, refuse to write over another run's result.
+
+    Returns:
+        `tuple[str, dict]`: its folder and its `trainer_state.json`; `(None, {"step": 0})` to start from the beginning.
+    """
+    output, old = Path(output_dir), old_results(output_dir)
+    if not wanted and old and not overwrite:
+        fail(
+            f"--output_dir {output} holds another run ({', '.join(sorted(path.name for path in old))}): choose a new "
+            "folder, go on with --resume_from_checkpoint latest, or delete it with --overwrite_output_dir"
+        )
+    if not wanted:
+        return None, {"step": 0}
+    folders = [Path(wanted), output / wanted]
+    if wanted == "latest":
+        folders = sorted(output.glob("checkpoint-*"), key=checkpoint_step, reverse=True)
+    for folder in folders:
+        try:
+            if checkpoint_step(folder) < 0:
+                raise ValueError("its writing was interrupted")
+            state = json.loads((folder / "trainer_state.json").read_text())
+        except (OSError, ValueError) as error:
+            logger.info(f"Skipped {folder}, not a whole checkpoint: {error}")
+            continue
+        if state["script"] != Path(__file__).name:
+            fail(f"--resume_from_checkpoint {folder}: written by {state['script']}, not by {Path(__file__).name}")
+        return str(folder), state
+    if wanted != "latest":
+        fail(f"--resume_from_checkpoint {wanted}: no whole checkpoint there or in {output}")
+    logger.info(f"No checkpoint in {output}: starting from the beginning.")
+    return None, {"step": 0}
+
+
+def checkpoint_step(folder):
+    """Optimizer step in the name of a checkpoint folder; -1 in other names, such as that of an unfinished one."""
+    number = Path(folder).name.removeprefix("checkpoint-")
+    return int(number) if number.isdigit() else -1
+
+
+def make_trainer_state(args, global_batch_size, inspected):
+    """What a checkpoint remembers of its run, to be compared when it is resumed."""
+    contents = [[item["digest"], item["size"], item["caption"]] for item in inspected]
+    return {
+        "script": Path(__file__).name,
+        "global_batch_size": global_batch_size,
+        "data": hashlib.sha256(json.dumps(contents).encode()).hexdigest(),
+        "arguments": json.loads(json.dumps(public_arguments(args))),
+        "versions": {name: version(name) for name in ("accelerate", "diffusers", "torch", "transformers")},
+    }
+
+
+def check_resume(checkpoint, before, now):
+    """End with an error where a difference from the run of `checkpoint` changes the result; note the others."""
+    old, new = before["arguments"], now["arguments"]
+    differences = {f"--{name}": (old.get(name), new[name]) for name in new if old.get(name) != new[name]}
+    differences |= {key: (before[key], now[key]) for key in ("global_batch_size", "data") if before[key] != now[key]}
+    versions = before["versions"]
+    differences |= {k: (versions.get(k), v) for k, v in now["versions"].items() if versions.get(k) != v}
+    free = {f"--{name}" for name in FREE_ON_RESUME} | set(now["versions"])
+    if new["lr_scheduler"] not in ("constant", "constant_with_warmup", "piecewise_constant"):
+        free -= {"--max_train_steps"}  # the schedule ends there
+    told = {name: f"{name} was {was} there and is {value} now" for name, (was, value) in differences.items()}
+    if refused := [text for name, text in told.items() if name not in free]:
+        fail(f"--resume_from_checkpoint {checkpoint} is of another run: {'; '.join(refused)}")
+    if told:
+        logger.info(f"Resuming with changes that do not change the result: {'; '.join(told.values())}")
+
+
+def register_checkpoint_hooks(accelerator, transformer):
+    """Have `accelerator.save_state` write of the model what [`save_transformer`] does, and nothing else."""
+
+    def save(models, weights, folder):
+        save_transformer(accelerator, transformer, folder)
+        weights.clear()
+
+    accelerator.register_save_state_pre_hook(save)
+    accelerator.register_load_state_pre_hook(lambda models, folder: models.clear())  # loaded by `load_transformer`
+
+
+def save_checkpoint(accelerator, ema, trainer_state, output_dir, total_limit):
+    """
+    Write `OUTPUT_DIR/checkpoint-STEP` beside, rename it when all of it is on the disk, and only then prune older ones,
+    to `total_limit` where there is one.
+    """
+    folder = Path(output_dir, f"checkpoint-{trainer_state['step']}")
+    unfinished = Path(f"{folder}.unfinished")
+    if accelerator.is_main_process:
+        for leftover in Path(output_dir).glob("checkpoint-*.unfinished"):
+            shutil.rmtree(leftover)
+    accelerator.wait_for_everyone()
     try:
-        yield
-    finally:
-        ema.restore(parameters)
+        accelerator.save_state(unfinished)
+        shadow = {str(i): full_tensor(tensor) for i, tensor in enumerate(ema.shadow_params)} if ema else {}
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            if ema is not None:
+                save_file(shadow, unfinished / "ema.safetensors", {"step": str(ema.optimization_step)})
+            (unfinished / "trainer_state.json").write_text(json.dumps(trainer_state, indent=2))
+            for path in [*unfinished.rglob("*"), unfinished]:
+                descriptor = os.open(path, os.O_RDONLY)
+                os.fsync(descriptor)
+                os.close(descriptor)
+    except (OSError, RuntimeError, SafetensorError) as error:  # PyTorch and safetensors report a full disk as theirs
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise SystemExit(f"error: {folder} could not be written ({error}); older checkpoints are whole") from error
+    if accelerator.is_main_process:
+        if folder.exists():  # a resumed run comes by here again
+            os.replace(folder, f"{folder}.replaced.unfinished")
+        os.replace(unfinished, folder)
+        shutil.rmtree(f"{folder}.replaced.unfinished", ignore_errors=True)
+        if total_limit:
+            whole = [path for path in Path(output_dir).glob("checkpoint-*") if checkpoint_step(path) >= 0]
+            for old in sorted(whole, key=checkpoint_step)[:-total_limit]:
+                shutil.rmtree(old)
+        logger.info(f"Saved {folder}")
+    accelerator.wait_for_everyone()
 
 
-def log_validation(args, accelerator, transformer, vae, folder, embeds, step, signals=()):
+def full_tensor(tensor):
+    """A copy of a tensor on the CPU, gathered if it is sharded over the processes."""
+    return (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).cpu().contiguous()
+
+
+def load_ema(ema, checkpoint):
+    """Put the state that [`save_checkpoint`] wrote back into `ema`."""
+    with safe_open(os.path.join(checkpoint, "ema.safetensors"), "pt") as file:
+        for i, shadow in enumerate(ema.shadow_params):
+            tensor = file.get_tensor(str(i))
+            if hasattr(shadow, "device_mesh"):  # sharded over the processes
+                tensor = distribute_tensor(tensor.to(shadow.device), shadow.device_mesh, shadow.placements)
+            shadow.copy_(tensor)
+        ema.optimization_step = int(file.metadata()["step"])
+
+
+STOP_SIGNALS = [signal.SIGTERM, signal.SIGINT]  # what cluster schedulers send, and Ctrl-C
+if hasattr(signal, "SIGUSR1"):  # not on Windows
+    STOP_SIGNALS.append(signal.SIGUSR1)
+EXIT_INTERRUPTED = 75  # a signal ended the run after a checkpoint (EX_TEMPFAIL of sysexits.h: start it again)
+
+
+def on_stop_signals(handler):
+    """Set what this process does on a signal to stop."""
+    for number in STOP_SIGNALS:
+        signal.signal(number, handler)
+
+
+def collect_stop_signals():
+    """A list that a signal to stop is added to, for the step to see; a second one ends the process at once."""
+    signals = []
+
+    def stop_soon(number, frame):
+        if signals:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        signals.append(number)
+
+    on_stop_signals(stop_soon)
+    return signals
+
+
+def ignore_signals(worker):
+    """Data-loader workers leave signals to their process, which still needs them for the step that it finishes."""
+    on_stop_signals(signal.SIG_IGN)
+
+
+# Validation
+
+
+def log_validation(args, accelerator, transformer, vae, model_dir, prompt_embeds, step, signals=()):
     """
     Sample every validation prompt with the transformer that is being trained, the same seeds every time.
 
     Args:
-        embeds (`dict[str, dict]`): Embeddings of each prompt, and of "", from [`encode_prompts`].
+        prompt_embeds (`dict[str, dict]`): Of each prompt, and of "", from [`embed_prompts`].
         step (`int`): Optimizer steps done.
         signals (`list[int]`): Filled when the run is asked to stop; the sampling then ends, and shows nothing.
 
@@ -991,17 +1589,17 @@ def log_validation(args, accelerator, transformer, vae, folder, embeds, step, si
         `dict[str, list[PIL.Image.Image]]`: the images of each prompt, on every process; also saved as
         `OUTPUT_DIR/validation/step-N.png`, a row a prompt, and sent to the tracker.
     """
-    scheduler = diffusers.FlowMatchEulerDiscreteScheduler.from_pretrained(folder, subfolder="scheduler")
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler.from_pretrained(model_dir, subfolder="scheduler")
     unwrapped = accelerator.unwrap_model(transformer)
-    encoders = [f"{kind}{suffix}" for kind in ("text_encoder", "tokenizer") for suffix in ("", "_2", "_3")]
-    pipeline = StableDiffusion3Pipeline(unwrapped, scheduler, vae, **dict.fromkeys(encoders))
+    pipeline = StableDiffusion3Pipeline(unwrapped, scheduler, vae, **dict.fromkeys(TEXT_PARTS))
     pipeline.set_progress_bar_config(disable=True)
-    jobs = [(prompt, i) for prompt in args.validation_prompt for i in range(args.num_validation_images)]
+    prompts = dict.fromkeys(args.validation_prompt)  # one that was given twice is sampled once
+    jobs = [(prompt, i) for prompt in prompts for i in range(args.num_validation_images)]
     done = []
 
     def inputs(prompt):
         # float32: the latents take this type, and sampling in bf16 would add its own rounding at every step
-        return {name: tensor[None].to(accelerator.device).float() for name, tensor in embeds[prompt].items()}
+        return {name: tensor[None].to(accelerator.device).float() for name, tensor in prompt_embeds[prompt].items()}
 
     def stop_sampling(pipeline, step, timestep, tensors):
         pipeline._interrupt = bool(signals)  # what `pipeline.interrupt` reads at every step
@@ -1030,7 +1628,7 @@ def log_validation(args, accelerator, transformer, vae, folder, embeds, step, si
     images = dict(gather_object(done))
     if None in images.values():
         return {}
-    rows = {p: [images[p, i] for i in range(args.num_validation_images)] for p in args.validation_prompt}
+    rows = {prompt: [images[prompt, i] for i in range(args.num_validation_images)] for prompt in prompts}
     if accelerator.is_main_process:
         everything = [images[job] for job in jobs]
         grid = make_image_grid(everything, rows=len(rows), cols=args.num_validation_images)
@@ -1038,222 +1636,13 @@ def log_validation(args, accelerator, transformer, vae, folder, embeds, step, si
         grid.save(os.path.join(args.output_dir, "validation", f"step-{step}.png"))
         for tracker in accelerator.trackers:
             if tracker.name == "tensorboard":
-                tracker.writer.add_images("validation", np.stack(everything), step, dataformats="NHWC")
+                tracker.log_images({"validation": np.stack(everything)}, step, dataformats="NHWC")
             elif tracker.name == "wandb":
-                tracker.log_images({"validation": everything}, step=step)
+                tracker.log_images({"validation": everything}, step)
     return rows
 
 
-# Arguments that may differ when a run is resumed: they do not change what is trained, or what they name is compared by
-# its content instead.
-FREE_ON_RESUME = """
-    aux_batch_size cache_dir cache_prompt_embeds caption_column checkpointing_steps checkpoints_total_limit
-    dataloader_num_workers dataset_config_name dataset_name gradient_accumulation_steps gradient_checkpointing
-    guidance_scale hub_model_id image_column image_dir jsonl_path max_skipped_steps max_train_samples max_train_steps
-    num_inference_steps num_train_epochs num_validation_images offload offload_ema output_dir overwrite_output_dir
-    push_to_hub report_to resume_from_checkpoint skip_bad_images skip_final_inference torch_compile train_data_dir
-    validation_prompt validation_steps
-""".split()
-PRIVATE_ARGUMENTS = ("hub_token", "command", "buckets")  # a secret, and what `check_args` derives
-RESULTS = (
-    "transformer",
-    "pytorch_lora_weights.safetensors",
-    "training_args.json",
-    "README.md",
-    "samples",
-    "validation",
-)
-STOP_SIGNALS = [signal.SIGTERM, signal.SIGINT]  # what cluster schedulers send, and Ctrl-C
-if hasattr(signal, "SIGUSR1"):  # not on Windows
-    STOP_SIGNALS.append(signal.SIGUSR1)
-EXIT_INTERRUPTED = 75  # a signal ended the run after a checkpoint (EX_TEMPFAIL of sysexits.h: start it again)
-
-
-def public_arguments(args):
-    """The command line as a dictionary, without secrets."""
-    return {name: value for name, value in vars(args).items() if name not in PRIVATE_ARGUMENTS}
-
-
-def old_results(args):
-    """What an earlier run has left in --output_dir."""
-    output = Path(args.output_dir)
-    return [path for path in (*(output / name for name in RESULTS), *output.glob("checkpoint-*")) if path.exists()]
-
-
-def find_checkpoint(args):
-    """
-    The checkpoint that --resume_from_checkpoint means. Without that flag, refuse to write over another run's result.
-
-    Returns:
-        `tuple[str, dict]`: its folder and its `trainer_state.json`; `(None, {"step": 0})` to start from the beginning.
-    """
-    wanted, output = args.resume_from_checkpoint, Path(args.output_dir)
-    old = old_results(args)
-    if not wanted and old and not args.overwrite_output_dir:
-        fail(
-            f"--output_dir {output} holds another run ({', '.join(sorted(path.name for path in old))}): choose a new "
-            "folder, go on with --resume_from_checkpoint latest, or delete it with --overwrite_output_dir"
-        )
-    if not wanted:
-        return None, {"step": 0}
-    folders = [Path(wanted), output / wanted]
-    if wanted == "latest":
-        folders = sorted(output.glob("checkpoint-*"), key=checkpoint_step, reverse=True)
-    for folder in folders:
-        try:
-            if checkpoint_step(folder) < 0:
-                raise ValueError("its writing was interrupted")
-            state = json.loads((folder / "trainer_state.json").read_text())
-        except (OSError, ValueError) as error:
-            logger.info(f"Skipped {folder}, not a whole checkpoint: {error}")
-            continue
-        if state["script"] != Path(__file__).name:
-            fail(f"--resume_from_checkpoint {folder}: written by {state['script']}, not by {Path(__file__).name}")
-        return str(folder), state
-    if wanted != "latest":
-        fail(f"--resume_from_checkpoint {wanted}: no whole checkpoint there or in {output}")
-    logger.info(f"No checkpoint in {output}: starting from the beginning.")
-    return None, {"step": 0}
-
-
-def run_state(args, accelerator, data_digest):
-    """What a checkpoint remembers of its run, to be compared when it is resumed."""
-    return {
-        "script": Path(__file__).name,
-        "global_batch_size": args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes,
-        "data": data_digest,
-        "arguments": json.loads(json.dumps(public_arguments(args))),
-        "versions": {name: version(name) for name in ("accelerate", "diffusers", "torch", "transformers")},
-    }
-
-
-def check_resume(checkpoint, before, now):
-    """
-    End with an error where a difference from the checkpoint's run changes the result; note the others.
-
-    Args:
-        checkpoint (`str`): Its folder.
-        before (`dict`): Its `trainer_state.json`.
-        now (`dict`): From [`run_state`].
-    """
-    old, new = before["arguments"], now["arguments"]
-    differences = {f"--{name}": (old.get(name), new[name]) for name in new if old.get(name) != new[name]}
-    differences |= {key: (before[key], now[key]) for key in ("global_batch_size", "data") if before[key] != now[key]}
-    versions = before["versions"]
-    differences |= {k: (versions.get(k), v) for k, v in now["versions"].items() if versions.get(k) != v}
-    free = {f"--{name}" for name in FREE_ON_RESUME} | set(now["versions"])
-    if new["lr_scheduler"] not in ("constant", "constant_with_warmup", "piecewise_constant"):
-        free -= {"--max_train_steps"}  # the schedule ends there
-    told = {name: f"{name} was {was} there and is {value} now" for name, (was, value) in differences.items()}
-    if refused := [text for name, text in told.items() if name not in free]:
-        fail(f"--resume_from_checkpoint {checkpoint} is of another run: {'; '.join(refused)}")
-    if told:
-        logger.info(f"Resuming with changes that do not change the result: {'; '.join(told.values())}")
-
-
-def checkpoint_step(folder):
-    """Optimizer step in the name of a checkpoint folder; -1 in other names, such as that of an unfinished one."""
-    number = Path(folder).name.removeprefix("checkpoint-")
-    return int(number) if number.isdigit() else -1
-
-
-def save_checkpoint(args, accelerator, ema, state):
-    """
-    Write `OUTPUT_DIR/checkpoint-STEP` beside, rename it when all of it is on the disk, and only then prune older ones.
-
-    Args:
-        state (`dict`): From [`run_state`], with `step`, the optimizer steps done.
-    """
-    folder = Path(args.output_dir, f"checkpoint-{state['step']}")
-    unfinished = Path(f"{folder}.unfinished")
-    if accelerator.is_main_process:
-        for leftover in Path(args.output_dir).glob("checkpoint-*.unfinished"):
-            shutil.rmtree(leftover)
-    accelerator.wait_for_everyone()
-    try:
-        accelerator.save_state(unfinished)
-        shadow = {str(i): full_tensor(tensor) for i, tensor in enumerate(ema.shadow_params)} if ema else {}
-        accelerator.wait_for_everyone()
-        if accelerator.is_main_process:
-            if ema is not None:
-                save_file(shadow, unfinished / "ema.safetensors", {"step": str(ema.optimization_step)})
-            (unfinished / "trainer_state.json").write_text(json.dumps(state, indent=2))
-            for path in [*unfinished.rglob("*"), unfinished]:
-                descriptor = os.open(path, os.O_RDONLY)
-                os.fsync(descriptor)
-                os.close(descriptor)
-    except (OSError, RuntimeError, SafetensorError) as error:  # PyTorch and safetensors report a full disk as theirs
-        shutil.rmtree(unfinished, ignore_errors=True)
-        raise SystemExit(f"error: {folder} could not be written ({error}); older checkpoints are whole") from error
-    if accelerator.is_main_process:
-        if folder.exists():  # a resumed run comes by here again
-            os.replace(folder, f"{folder}.replaced.unfinished")
-        os.replace(unfinished, folder)
-        shutil.rmtree(f"{folder}.replaced.unfinished", ignore_errors=True)
-        if args.checkpoints_total_limit:
-            whole = [path for path in Path(args.output_dir).glob("checkpoint-*") if checkpoint_step(path) >= 0]
-            for old in sorted(whole, key=checkpoint_step)[: -args.checkpoints_total_limit]:
-                shutil.rmtree(old)
-        logger.info(f"Saved {folder}")
-    accelerator.wait_for_everyone()
-
-
-def full_tensor(tensor):
-    """A copy of a tensor on the CPU, gathered if it is sharded over the processes."""
-    return (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).cpu().contiguous()
-
-
-def load_ema(ema, checkpoint):
-    """Put the state that [`save_checkpoint`] wrote back into `ema`."""
-    with safe_open(os.path.join(checkpoint, "ema.safetensors"), "pt") as file:
-        for i, shadow in enumerate(ema.shadow_params):
-            tensor = file.get_tensor(str(i))
-            if hasattr(shadow, "device_mesh"):  # sharded over the processes
-                tensor = distribute_tensor(tensor.to(shadow.device), shadow.device_mesh, shadow.placements)
-            shadow.copy_(tensor)
-        ema.optimization_step = int(file.metadata()["step"])
-
-
-def make_optimizer(args, parameters):
-    """AdamW, AdamW with 8-bit state, for float32 weights or bf16 ones, or Prodigy."""
-    common = {"lr": args.learning_rate, "weight_decay": args.adam_weight_decay, "eps": args.adam_epsilon}
-    common["betas"] = (args.adam_beta1, args.adam_beta2)
-    if args.optimizer == "prodigy":
-        from prodigyopt import Prodigy
-
-        return Prodigy(
-            parameters,
-            **common,
-            beta3=args.prodigy_beta3,
-            decouple=args.prodigy_decouple,
-            use_bias_correction=args.prodigy_use_bias_correction,
-            safeguard_warmup=args.prodigy_safeguard_warmup,
-        )
-    if args.use_8bit_adam:
-        from bitsandbytes.optim import AdamW8bit
-
-        return AdamW8bit(parameters, **common)
-    if args.full_bf16:
-        from torchao.optim import AdamW8bit
-
-        # Most updates are smaller than half a step between bf16 numbers. Rounding at random, in proportion, keeps them
-        # on average; rounding to the nearest would lose them.
-        return AdamW8bit(parameters, **common, bf16_stochastic_round=True)
-    return torch.optim.AdamW(parameters, **common, fused=True)
-
-
-def make_lr_scheduler(args, optimizer, steps_done=0):
-    """The learning rate's schedule, from optimizer step `steps_done` on."""
-    return get_scheduler(
-        args.lr_scheduler,
-        optimizer,
-        step_rules=args.lr_step_rules,
-        num_warmup_steps=args.lr_warmup_steps,
-        num_training_steps=args.max_train_steps,
-        num_cycles=args.lr_num_cycles,
-        power=args.lr_power,
-        last_epoch=steps_done - 1,
-    )
+# The result
 
 
 def save_result(args, accelerator, transformer, images):
@@ -1298,7 +1687,7 @@ def save_result(args, accelerator, transformer, images):
         f"base, result = {base!r}, {title!r}  # `result` may also be a local folder\n{usage}\n"
         f"prompt = {next(iter(images), 'a prompt')!r}\n"
         f"image = pipeline(prompt, max_sequence_length={args.max_sequence_length}).images[0]\n```",
-        f"## Command\n\n```bash\naccelerate launch {args.command}\n```",
+        f"## Command\n\n```bash\naccelerate launch {public_command(sys.argv[1:])}\n```",
         f"## Settings\n\n```json\n{arguments}\n```\n",
     ]
     huggingface_hub.ModelCard("\n\n".join(card)).save(output / "README.md")
@@ -1309,345 +1698,6 @@ def save_result(args, accelerator, transformer, images):
         with failing_with(f"--push_to_hub {title}: the result is safe in {output}, but not uploaded"):
             repo = api.create_repo(title, exist_ok=True).repo_id
             api.upload_folder(repo_id=repo, folder_path=output, allow_patterns=parts, commit_message="End of training")
-
-
-@contextlib.contextmanager
-def gradient_sync(accelerator, transformer, enabled):
-    """
-    Around one forward and its backward: gradients are averaged over the processes only where `enabled`, which is at
-    the last backward of the optimizer step.
-    """
-    accelerator.gradient_state._set_sync_gradients(enabled)  # what `accelerator.accumulate` sets, known by counting
-    with contextlib.nullcontext() if enabled else accelerator.no_sync(transformer):
-        yield
-
-
-def training_losses(args, accelerator, transformer, batch, shift, last):
-    """
-    The SOAR loss of one batch, `(sum base + lambda_aux * sum aux) / (n_base + lambda_aux * n_aux)`, in terms that each
-    fill one forward. The caller runs `backward` on a term before it asks for the next: one graph is alive at a time.
-
-    Args:
-        args (`argparse.Namespace`): The command line.
-        accelerator (`accelerate.Accelerator`): For the gradient synchronisation.
-        transformer (`SD3Transformer2DModel`): Prepared by `accelerator`.
-        batch (`dict`): `latents` `(B, C, H, W)`, float32, in scaled latent units; `prompt_embeds` and
-            `pooled_prompt_embeds`, and their `null_` versions, of the empty caption; `generators`, one a sample.
-        shift (`float`): Of the scheduler.
-        last (`bool`): Whether the optimizer steps after this batch.
-
-    Yields:
-        `tuple[torch.Tensor, dict[str, torch.Tensor]]`: a term, and its share of the values to log, detached.
-
-    Source: SOAR, arXiv 2604.12617.
-    """
-    latents, generators, device = batch["latents"], batch["generators"], batch["latents"].device
-    n_base = latents.shape[0]
-    n_aux = args.num_rollout_paths * args.trajectory_length * n_base if args.lambda_aux > 0 else 0
-    denominator = n_base + args.lambda_aux * n_aux
-
-    def unit_noise(generator):
-        return torch.randn(latents.shape[1:], generator=generator)
-
-    def predict_velocity(noisy_latents, sigma, prompt_embeds, pooled_prompt_embeds):
-        return transformer(
-            hidden_states=noisy_latents,
-            timestep=soar_utils.sigma_to_timestep(sigma),
-            encoder_hidden_states=prompt_embeds,
-            pooled_projections=pooled_prompt_embeds,
-            return_dict=False,
-        )[0]
-
-    def sample_losses(velocity, target, sigma):
-        return soar_utils.flow_matching_loss(
-            velocity, target, compute_loss_weighting_for_sd3(args.weighting_scheme, sigma)
-        )
-
-    def sample_u(generator):
-        return compute_density_for_timestep_sampling(
-            args.weighting_scheme, 1, args.logit_mean, args.logit_std, args.mode_scale, generator=generator
-        )[0].clamp(soar_utils.U_MIN, 1)
-
-    # 1. The ideal state: plain flow matching. Its prediction is also the conditional branch of the rollout.
-    noise = draw(unit_noise, generators, device)
-    sigma = soar_utils.shift_sigma(draw(sample_u, generators, device), shift)
-    noisy_latents = soar_utils.add_noise(latents, noise, sigma)
-    with gradient_sync(accelerator, transformer, last and n_aux == 0):
-        velocity = predict_velocity(noisy_latents, sigma, batch["prompt_embeds"], batch["pooled_prompt_embeds"])
-        losses = sample_losses(velocity, noise - latents, sigma)
-        yield losses.sum() / denominator, {"loss_base": losses.detach().mean()}
-    if n_aux == 0:
-        return
-
-    # 2. The model's own step from there, without gradient: guided, one inference step long, off the ideal path.
-    velocity = velocity.detach()
-    if args.cfg_scale_sampling != 1:
-        with torch.no_grad():
-            velocity_uncond = predict_velocity(
-                noisy_latents, sigma, batch["null_prompt_embeds"], batch["null_pooled_prompt_embeds"]
-            )
-        velocity = soar_utils.apply_guidance(velocity, velocity_uncond, args.cfg_scale_sampling)
-    sigma_next = soar_utils.next_sigma(sigma, args.num_sampling_steps, shift)
-    sigma_upper = torch.ones_like(sigma)
-    if args.sigma_upper_ratio is not None:
-        sigma_upper = (args.sigma_upper_ratio * sigma).clamp(max=1)
-
-    # 3. Off-trajectory states: every rollout, noised again toward the same endpoint to random levels above it.
-    aux_latents, aux_sigmas = [], []
-    for path in range(args.num_rollout_paths):
-        mode, step_noise = "ode", None
-        if path > 0:
-            mode = args.sde_rollout_type
-            step_noise = draw(unit_noise, generators, device)
-        rollout_latents = soar_utils.rollout_step(
-            noisy_latents, velocity, sigma, sigma_next, mode, args.sde_noise_scale, step_noise
-        )
-        for _ in range(args.trajectory_length):
-            place = draw(lambda generator: torch.rand((), generator=generator), generators, device)
-            sigma_aux = sigma_next + place * (sigma_upper - sigma_next)
-            aux_latents.append(soar_utils.renoise(rollout_latents, noise, sigma_next, sigma_aux))
-            aux_sigmas.append(sigma_aux)
-    aux_latents, aux_sigmas = torch.cat(aux_latents), torch.cat(aux_sigmas)
-
-    # 4. From each of them, the velocity that leads to the clean latents.
-    chunk = args.aux_batch_size or n_base
-    for start in range(0, n_aux, chunk):
-        part = slice(start, min(start + chunk, n_aux))
-        sample = torch.arange(part.start, part.stop, device=device) % n_base
-        with gradient_sync(accelerator, transformer, last and part.stop == n_aux):
-            embeds = batch["prompt_embeds"][sample], batch["pooled_prompt_embeds"][sample]
-            velocity = predict_velocity(aux_latents[part], aux_sigmas[part], *embeds)
-            target = soar_utils.correction_target(aux_latents[part], latents[sample], aux_sigmas[part])
-            losses = sample_losses(velocity, target, aux_sigmas[part])
-            yield args.lambda_aux * losses.sum() / denominator, {"loss_aux": losses.detach().sum() / n_aux}
-
-
-def main(args):
-    # Setup
-    with failing_with("--mixed_precision"):
-        accelerator = Accelerator(
-            mixed_precision=args.mixed_precision,
-            gradient_accumulation_steps=args.gradient_accumulation_steps,
-            log_with=None if args.report_to == "none" else args.report_to,
-            project_config=ProjectConfiguration(args.output_dir, logging_dir=os.path.join(args.output_dir, "logs")),
-            kwargs_handlers=[
-                # SD3.5's position table is a buffer of 0.9 GB that never changes: do not send it at every forward.
-                DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
-                # Others wait while the main process checks the images; a process that dies is ended by its launcher.
-                InitProcessGroupKwargs(timeout=datetime.timedelta(hours=12)),
-            ],
-        )
-    deepspeed = accelerator.state.deepspeed_plugin
-    if deepspeed is not None:
-        config = deepspeed.deepspeed_config
-        config["train_micro_batch_size_per_gpu"] = args.train_batch_size  # read from a prepared data loader otherwise
-        if args.use_ema:
-            fail("--use_ema does not work with DeepSpeed, which hides its float32 weights; use FSDP2 (fsdp2.yaml)")
-    bf16_fsdp = accelerator.is_fsdp2 and accelerator.mixed_precision != "no"
-    if bf16_fsdp:  # its own casting of inputs would round the timestep to 8 bits: autocast does it instead, see below
-        plugin = accelerator.state.fsdp_plugin
-        plugin.mixed_precision_policy = dataclasses.replace(plugin.mixed_precision_policy, cast_forward_inputs=False)
-    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S", level=logging.INFO)
-    logging.getLogger("accelerate").setLevel(logging.WARNING)
-    for library in (datasets, diffusers, transformers):
-        library.utils.logging.set_verbosity_error()
-    torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
-    device = accelerator.device
-    weight_dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
-    if weight_dtype == torch.float16 and device.type == "cpu":
-        fail("--mixed_precision fp16 needs a GPU; use bf16 or no on a CPU")
-    if args.full_bf16 and (accelerator.mixed_precision != "bf16" or accelerator.is_fsdp2 or deepspeed is not None):
-        fail("--full_bf16 needs --mixed_precision bf16, and one GPU or DDP: FSDP2 and DeepSpeed keep float32 weights")
-    global_batch_size = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
-    args.cache_dir = args.cache_dir or os.path.join(args.output_dir, "cache")
-
-    # Everything that can be wrong with the input, before any model loads
-    def check_run():
-        with failing_with("--output_dir or --cache_dir cannot be written"):
-            for folder in (args.output_dir, args.cache_dir):
-                os.makedirs(folder, exist_ok=True)
-                tempfile.TemporaryFile(dir=folder).close()
-        model = check_model(args)
-        checkpoint, before = find_checkpoint(args)
-        if args.seed is None:
-            args.seed = before["arguments"]["seed"] if checkpoint else random.getrandbits(31)
-        return model, checkpoint, before, args.seed
-
-    model, checkpoint, before, args.seed = run_on_main(accelerator, check_run)
-    global_step, skipped_steps = before["step"], before.get("skipped_steps", 0)
-    logger.info(f"Seed {args.seed}, {accelerator.num_processes} processes, global batch {global_batch_size}")
-    with accelerator.main_process_first():
-        rows = load_images(args)
-    inspected = run_on_main(accelerator, lambda: inspect_images(args, model, rows))
-    if len(inspected) < global_batch_size:
-        fail(f"{len(inspected)} images are fewer than one global batch of {global_batch_size}")
-    if args.max_train_steps is None:
-        args.max_train_steps = math.ceil(args.num_train_epochs * len(inspected) / global_batch_size)
-    with failing_with(f"--lr_scheduler {args.lr_scheduler}, with its --lr_ arguments and --learning_rate"):
-        rehearsal = make_lr_scheduler(args, torch.optim.SGD([torch.zeros(1)], lr=args.learning_rate))
-        for step in (args.lr_warmup_steps, args.max_train_steps):
-            rehearsal.lr_lambdas[0](step)
-    captions = [rows["caption"][item["row"]] or "" for item in inspected]
-    contents = [[item["digest"], item["size"], caption] for item, caption in zip(inspected, captions, strict=True)]
-    state = run_state(args, accelerator, hashlib.sha256(json.dumps(contents).encode()).hexdigest())
-    if checkpoint:
-        run_on_main(accelerator, lambda: check_resume(checkpoint, before, state))
-
-    # Encoders and caches
-    folder = args.pretrained_model_name_or_path
-    if not os.path.isdir(folder):
-        unused = dict.fromkeys(["text_encoder_3", "tokenizer_3"]) if args.no_text_encoder_3 else {}
-        hub = {"revision": args.revision, "variant": args.variant, "token": args.hub_token}
-        with loading(args), accelerator.main_process_first():
-            folder = StableDiffusion3Pipeline.download(folder, use_safetensors=True, **hub, **unused)
-    encoders = {}
-    if args.cache_latents or args.cache_prompt_embeds:
-        encoders = run_on_main(accelerator, lambda: digest_encoders(args, folder, weight_dtype))
-    images = TrainingImages(args, rows, inspected, encoders)
-    prompts = ["", *args.validation_prompt]
-    run_on_main(accelerator, lambda: report_truncation(args, folder, model, captions))
-    with loading(args):
-        vae = AutoencoderKL.from_pretrained(folder, subfolder="vae", variant=args.variant, use_safetensors=True)
-    vae.requires_grad_(False).eval().to("cpu" if args.cache_latents or args.offload else device)
-    embeds, pipeline = build_caches(args, accelerator, images, folder, model, vae, weight_dtype, prompts), None
-    if embeds is None:
-        pipeline = load_encoders(args, folder, weight_dtype, model["joint_attention_dim"], device)
-        embeds = {p: {k: v[0] for k, v in encode_prompts(args, pipeline, [p], device).items()} for p in prompts}
-    null = {name: tensor[None].to(device) for name, tensor in embeds[""].items()}
-    free_memory()
-
-    # Model and optimizer
-    with failing_with(f"--resume_from_checkpoint {checkpoint} is damaged") if checkpoint else loading(args):
-        transformer = load_transformer(args, folder, weight_dtype, checkpoint)
-    if args.gradient_checkpointing:
-        transformer.enable_gradient_checkpointing()
-    if args.torch_compile:
-        # Every kind of block is compiled for every size: with gradient, without, for a last chunk, for validation.
-        # Whole, too, under DDP, which would cut the graphs along its buckets.
-        torch._dynamo.config.optimize_ddp = False
-        torch._dynamo.config.recompile_limit = 16 * len({tuple(item["size"]) for item in inspected})
-        for block in transformer.transformer_blocks:
-            block.compile(dynamic=False)
-    transformer.train()
-    parameters = [parameter for parameter in transformer.parameters() if parameter.requires_grad]
-    with failing_with(f"--optimizer {args.optimizer}"):
-        optimizer = make_optimizer(args, parameters)
-    transformer, optimizer = accelerator.prepare(transformer, optimizer)
-    parameters = [parameter for parameter in transformer.parameters() if parameter.requires_grad]  # sharded by now
-    if bf16_fsdp:
-        transformer.forward = accelerator.autocast()(transformer.forward)
-    ema = None
-    if args.use_ema:
-        ema = EMAModel(parameters, decay=args.ema_decay)
-        ema.to("cpu" if args.offload_ema else device, dtype=torch.float32)  # bf16 would lose its small steps
-
-    def save_only_trained(models, weights, folder):
-        save_transformer(accelerator, transformer, folder)
-        weights.clear()  # so that accelerate does not write the model once more
-
-    accelerator.register_save_state_pre_hook(save_only_trained)
-    accelerator.register_load_state_pre_hook(lambda models, folder: models.clear())  # loaded by `load_transformer`
-    if checkpoint:
-        with failing_with(f"--resume_from_checkpoint {checkpoint} is damaged"):
-            accelerator.load_state(checkpoint)
-            if ema is not None:
-                load_ema(ema, checkpoint)
-        logger.info(f"Resumed from {checkpoint}")
-    lr_scheduler = make_lr_scheduler(args, optimizer.optimizer, global_step)
-    batches = iter(make_dataloader(args, accelerator, images, global_step))
-    if accelerator.is_main_process and args.overwrite_output_dir and not args.resume_from_checkpoint:
-        for path in old_results(args):  # only now that everything has loaded and nothing can be wrong with the input
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-    if args.report_to != "none":
-        config = {k: v if isinstance(v, (int, float, str)) else str(v) for k, v in public_arguments(args).items()}
-        accelerator.init_trackers(Path(__file__).stem, config)
-    logger.info(f"{sum(p.numel() for p in parameters):,} trained parameters, {args.max_train_steps} steps")
-
-    # Training
-    signals = []
-
-    def stop_soon(number, frame):
-        if signals:  # asked twice: end at once
-            signal.signal(number, signal.SIG_DFL)
-            os.kill(os.getpid(), number)
-        signals.append(number)
-
-    for number in STOP_SIGNALS:
-        signal.signal(number, stop_soon)
-    progress = tqdm(
-        total=args.max_train_steps,
-        initial=global_step,
-        desc="Training",
-        unit="step",
-        disable=not accelerator.is_main_process,
-    )
-    while global_step < args.max_train_steps:
-        started, logs, names = time.perf_counter(), defaultdict(float), []
-        for micro_step in range(1, args.gradient_accumulation_steps + 1):
-            batch = prepare_batch(args, next(batches), null, vae, pipeline, device)
-            names += batch["name"]
-            last = micro_step == args.gradient_accumulation_steps
-            for loss, values in training_losses(args, accelerator, transformer, batch, model["shift"], last):
-                accelerator.backward(loss)
-                for name, value in {"loss": loss.detach(), **values}.items():
-                    logs[name] += value / args.gradient_accumulation_steps
-        grad_norm = accelerator.clip_grad_norm_(parameters, args.max_grad_norm or math.inf)
-        if hasattr(grad_norm, "full_tensor"):  # FSDP2 gives a sharded tensor, DeepSpeed a float or nothing
-            grad_norm = grad_norm.full_tensor()
-        logs["grad_norm"] = torch.as_tensor(0.0 if grad_norm is None else grad_norm, device=device)
-        # The one place of the step where the host waits for the device; a signal to one process stops all.
-        values = torch.stack([*logs.values(), torch.tensor(float(len(signals)), device=device)])
-        *means, stopping = accelerator.reduce(values, "mean").tolist()
-        logs = dict(zip(logs, means, strict=True))
-        logs["lr"] = float(lr_scheduler.get_last_lr()[0])
-        checked = means if accelerator.scaler is None else means[:-1]  # fp16's scaler handles its gradient itself
-        if not all(map(math.isfinite, checked)):
-            skipped_steps += 1
-            what = f"step {global_step + 1}: not finite ({logs}); samples {', '.join(gather_object(names))}"
-            if skipped_steps > args.max_skipped_steps:
-                saved = sorted(Path(args.output_dir).glob("checkpoint-*"), key=checkpoint_step)
-                fail(f"{what}. The step was not taken. Last checkpoint: {saved[-1] if saved else 'none'}")
-            logger.warning(f"Skipped {what}")
-        else:
-            skipped_steps = 0
-            # The rounding of --full_bf16: alike on all processes, and after a restart.
-            torch.manual_seed(derive_seed(args.seed, "rounding", global_step))
-            optimizer.step()
-            if ema is not None:
-                ema.to(device)
-                ema.step(parameters)
-                ema.to("cpu" if args.offload_ema else device)
-        logs["skipped_steps"] = skipped_steps
-        lr_scheduler.step()
-        optimizer.zero_grad()
-        global_step += 1
-        state |= {"step": global_step, "skipped_steps": skipped_steps}
-        logs["samples_per_second"] = global_batch_size / (time.perf_counter() - started)
-        accelerator.log(logs, step=global_step)
-        progress.update()
-        progress.set_postfix(loss=logs["loss"], lr=logs["lr"])
-
-        if global_step % args.checkpointing_steps == 0 or stopping:
-            save_checkpoint(args, accelerator, ema, state)
-        if stopping:
-            accelerator.end_training()
-            logger.info(f"Stopped by a signal after step {global_step}; --resume_from_checkpoint latest goes on.")
-            sys.exit(EXIT_INTERRUPTED)
-        if args.validation_prompt and global_step % args.validation_steps == 0 and global_step < args.max_train_steps:
-            with averaged_weights(ema, parameters):
-                log_validation(args, accelerator, transformer, vae, folder, embeds, global_step, signals)
-    progress.close()
-    for number in STOP_SIGNALS:
-        signal.signal(number, signal.SIG_DFL)
-
-    # Result
-    samples = {}
-    with averaged_weights(ema, parameters):
-        if args.validation_prompt and not args.skip_final_inference:
-            samples = log_validation(args, accelerator, transformer, vae, folder, embeds, global_step)
-        save_result(args, accelerator, transformer, samples)
-    accelerator.wait_for_everyone()
-    accelerator.end_training()
 
 
 if __name__ == "__main__":

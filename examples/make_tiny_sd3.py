@@ -8,7 +8,7 @@ Write a Stable Diffusion 3.5 pipeline of toy size from code: no download, the sa
 
 Every part has the class, the config fields and the file names of `stabilityai/stable-diffusion-3.5-medium`, so that
 whatever runs on the one runs on the other. All weights are random. `tiny` is for tests: a forward takes milliseconds.
-`small` can learn to draw `draw_scenes.py`'s pictures on a CPU, once `train_vae.py` has trained its VAE; its text
+`small` can learn to draw `miniature/world.py`'s pictures on a CPU, once `train_vae.py` has trained its VAE; its text
 encoders stay random, which is enough to tell words and their order apart. `medium` has the sizes of SD3.5-Medium and
 of its text encoders, to measure time and memory: 16 GB in bf16, made on the GPU where there is one; `--configs_only`
 is enough to compute them.

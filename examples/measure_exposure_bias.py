@@ -39,7 +39,6 @@ import argparse
 import itertools
 import json
 import math
-import os
 import sys
 from pathlib import Path
 
@@ -56,6 +55,8 @@ from tqdm.auto import tqdm
 
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from trained import find_trained, load_trained  # noqa: E402
+
 import soar_utils  # noqa: E402
 import train_sd3_soar as script  # noqa: E402
 
@@ -67,7 +68,6 @@ SHARED_FLAGS = """
     --center_crop --use_aspect_ratio_buckets --aspect_ratio_buckets --max_sequence_length --offload
     --dataloader_num_workers --output_dir --seed --num_inference_steps --guidance_scale
 """.split()
-LORA_FILE = "pytorch_lora_weights.safetensors"
 ROUNDING = 1e-10  # squared error that float32 itself may make on latents of about unit size: no ratio below it
 NORMAL_95 = 1.96  # standard errors on either side of the mean
 
@@ -102,47 +102,30 @@ def parse_args(input_args=None):
     return args
 
 
-def check_models(args, model):
-    """Of each name in --models its path, and whether it is a LoRA; refuses what is no model, before weights load."""
+def check_models(args, model_config):
+    """Of each name in --models what [`find_trained`] says; refuses what is no model, before weights load."""
     models = {}
     for item in args.models:
         name, _, path = item.partition("=")
         if not name or not path or name in models:
             script.fail(f"--models {item}: want NAME=PATH, every name once")
-        full = any(Path(path, "transformer").glob("*.safetensors"))
-        lora = not full and Path(path, LORA_FILE).is_file()
-        if os.path.isdir(path) and not full and not lora:
-            script.fail(f"--models {item}: neither transformer/*.safetensors nor {LORA_FILE} in that folder")
-        if not lora:
+        with script.failing_with(f"--models {item}"):
+            models[name] = find_trained(path)
+        if "transformer" in models[name]:
             with script.failing_with(f"--models {item} is no folder, and no model of the hub that can be read"):
                 config = SD3Transformer2DModel.load_config(path, subfolder="transformer")
             sizes = config["in_channels"], config["joint_attention_dim"]
-            if sizes != (model["latent_channels"], model["joint_attention_dim"]):
+            if sizes != (model_config["latent_channels"], model_config["joint_attention_dim"]):
                 script.fail(f"--models {item} takes other latents or prompts than --pretrained_model_name_or_path")
-        models[name] = path, lora
     return models
 
 
-def load_transformer(args, path, lora, dtype):
-    """The transformer of `path`, or the base's with the LoRA of `path`, for inference."""
-    with script.failing_with(f"--models: {path} cannot be loaded"):
-        source = args.pretrained_model_name_or_path if lora else path
-        transformer = SD3Transformer2DModel.from_pretrained(
-            source, subfolder="transformer", dtype=dtype, use_safetensors=True
-        )
-        if lora:
-            transformer.load_lora_adapter(path, weight_name=LORA_FILE)
-            if not getattr(transformer, "peft_config", None):  # diffusers only logs it, and leaves the base as it is
-                raise ValueError(f"{LORA_FILE} holds nothing for the transformer")
-    return transformer.eval()  # a LoRA brings the dropout that it was trained with
-
-
-def encode_samples(args, model, images, dtype, device):
+def encode_samples(args, model_config, images, dtype, device):
     """
     All that the transformers are given, in batches of one image size. The encoders are gone on return.
 
     Args:
-        model (`dict`): Of the base, from `check_model`.
+        model_config (`dict`): Of the base, from `check_model`.
         images (`TrainingImages`): The samples. What is random about one depends on --seed and its index.
 
     Returns:
@@ -150,11 +133,11 @@ def encode_samples(args, model, images, dtype, device):
         caption, and, with the prefix `null_`, of the empty caption.
     """
     base = args.pretrained_model_name_or_path
-    with script.loading(args):
+    with script.loading(base):
         vae = AutoencoderKL.from_pretrained(base, subfolder="vae", use_safetensors=True).requires_grad_(False)
     vae.to("cpu" if args.offload else device)
-    encoders = script.load_encoders(args, base, dtype, model["joint_attention_dim"], device)
-    null = script.encode_prompts(args, encoders, [""], device)
+    text_encoders = script.load_text_encoders(args, base, dtype, model_config["joint_attention_dim"], device)
+    null_embeds = script.encode_prompts(text_encoders, [""], args.max_sequence_length, device)
 
     def size(index):
         return images.inspected[index]["size"]
@@ -168,7 +151,7 @@ def encode_samples(args, model, images, dtype, device):
     )
     encoded = []
     for batch in tqdm(loader, desc="Encoding", unit="batch"):
-        batch = script.prepare_batch(args, batch, null, vae, encoders, device)
+        batch = script.prepare_batch(batch, null_embeds, vae, text_encoders, args.max_sequence_length, device)
         shape = batch["latents"].shape[1:]
         batch["noise"] = torch.stack([torch.randn(shape, generator=generator) for generator in batch["generators"]])
         encoded.append({name: batch[name].cpu() for name in batch if "embeds" in name or name in ("latents", "noise")})
@@ -195,14 +178,8 @@ def measure_batch(transformer, batch, sigmas, points, own_steps, guidance_scale)
     latents, noise = batch["latents"], batch["noise"]
     levels = sigmas.to(latents.device)[:, None].expand(-1, len(latents))
 
-    def predict_velocity(state, sigma, caption=""):
-        return transformer(
-            hidden_states=state.to(transformer.dtype),
-            timestep=soar_utils.sigma_to_timestep(sigma),
-            encoder_hidden_states=batch[f"{caption}prompt_embeds"],
-            pooled_projections=batch[f"{caption}pooled_prompt_embeds"],
-            return_dict=False,
-        )[0].float()
+    def predict_velocity(state, sigma, null=False):
+        return script.predict_velocity(transformer, batch, state.to(transformer.dtype), sigma, null=null).float()
 
     def error(state, velocity, sigma):
         predicted_latents = soar_utils.rollout_step(state, velocity, sigma, torch.zeros_like(sigma))
@@ -218,7 +195,7 @@ def measure_batch(transformer, batch, sigmas, points, own_steps, guidance_scale)
             start = error(state, velocity, levels[point - k])
             for i in range(point - k, point):
                 if guidance_scale != 1:
-                    velocity_uncond = predict_velocity(state, levels[i], "null_")
+                    velocity_uncond = predict_velocity(state, levels[i], null=True)
                     velocity = soar_utils.apply_guidance(velocity, velocity_uncond, guidance_scale)
                 state = soar_utils.rollout_step(state, velocity, levels[i], levels[i + 1])
                 velocity = predict_velocity(state, levels[i + 1])
@@ -336,29 +313,32 @@ def main(args):
     output = Path(args.output_dir)
 
     # Everything that can be wrong with the input, before any model loads
-    model = script.check_model(args)
-    models = check_models(args, model)
+    model_config = script.check_model(args)
+    models = check_models(args, model_config)
     rows = script.load_images(args)
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(args.seed))
     rows = rows.select(sorted(order[: args.num_samples].tolist()))
-    images = script.TrainingImages(args, rows, script.inspect_images(args, model, rows), encoders={})
+    images = script.TrainingImages(args, rows, script.inspect_images(args, model_config, rows), encoder_digests=None)
     if len(images) < 2:
         script.fail(f"{len(images)} images are not enough for a standard error")
     with script.failing_with("--output_dir cannot be written"):
         output.mkdir(parents=True, exist_ok=True)
 
-    batches = encode_samples(args, model, images, dtype, device)
+    batches = encode_samples(args, model_config, images, dtype, device)
     free_memory()
     num_steps, own_steps = args.num_inference_steps, args.num_own_steps
-    sigmas = soar_utils.shift_sigma(1 - torch.arange(num_steps) / num_steps, model["shift"])
+    sigmas = soar_utils.shift_sigma(1 - torch.arange(num_steps) / num_steps, model_config["shift"])
     points = torch.linspace(own_steps[-1], num_steps - 1, args.num_sigmas).round().int().tolist()
     measured = {}
-    for name, (path, lora) in models.items():
-        transformer, found = load_transformer(args, path, lora, dtype).to(device), []
+    others = dict.fromkeys(["vae", *script.TEXT_PARTS])  # which are not needed any more
+    for name, model in models.items():
+        with script.failing_with(f"--models {name} cannot be loaded"):
+            pipeline = load_trained(args.pretrained_model_name_or_path, **model, dtype=dtype, **others)
+        transformer, found = pipeline.transformer.to(device), []
         for batch in tqdm(batches, desc=f"Measuring {name}", unit="batch"):
             batch = {key: value.to(device) for key, value in batch.items()}
             found.append(measure_batch(transformer, batch, sigmas, points, own_steps, args.guidance_scale))
-        del transformer  # before the next one loads
+        del pipeline, transformer  # before the next one loads
         free_memory()
         measured[name] = torch.cat(found, dim=-1)
         if not measured[name].isfinite().all():

@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the tests share: a tiny SD3.5-format pipeline, real photographs with captions, and a way to run a script."""
+"""Fixtures of all tests: a tiny SD3.5-format pipeline, real photographs with captions, and a way to run a script."""
 
 import importlib
-import json
 import os
 import subprocess
 import sys
@@ -10,23 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState
-from PIL import Image
-from safetensors.torch import load_file
-
-
-ROOT = Path(__file__).resolve().parents[1]
-SCRIPTS = ("train_sd3_sft", "train_sd3_soar", "train_sd3_soar_lora")
-PHOTOS = {
-    "astronaut": "an astronaut in an orange suit",
-    "camera": "a man behind a camera",
-    "chelsea": "a cat looking to the side",
-    "coffee": "a cup of coffee on a wooden table",
-    "coins": "old coins in rows",
-    "hubble_deep_field": "galaxies in deep space",
-    "retina": "the retina of an eye",
-    "rocket": "a rocket on its launch pad",
-}
+from harness import ROOT, reset_accelerate, write_photos
 
 
 @pytest.fixture(scope="session")
@@ -53,28 +36,16 @@ def small_photos(tmp_path_factory):
     return folder
 
 
-def write_photos(folder, side=10_000):
-    """Write the photographs that scikit-image ships, no side longer than `side` pixels, and their captions."""
-    from skimage import data
-
-    folder.mkdir(exist_ok=True)
-    with open(folder / "metadata.jsonl", "w") as metadata:
-        for name, caption in PHOTOS.items():
-            image = Image.fromarray(getattr(data, name)())
-            image.thumbnail((side, side))
-            image.save(folder / f"{name}.png")
-            metadata.write(json.dumps({"file_name": f"{name}.png", "text": caption}) + "\n")
-
-
 @pytest.fixture
-def run(pipeline, photos, tmp_path):
+def run(pipeline, photos, tmp_path, monkeypatch):
     """
     Run a script in this process, on the photographs unless the arguments name other data.
 
-    `run("train_sd3_soar", "--max_train_steps", 2)` returns the output folder, `tmp_path/out` unless given.
+    `run("train_sd3_soar", "--max_train_steps", 2)` returns the output folder, `tmp_path/out` unless given. Flags that
+    are not given have short runs' values, but for those in `omit`.
     """
 
-    def run_script(script, *arguments):
+    def run_script(script, *arguments, omit=()):
         arguments = [str(a) for a in arguments]
         defaults = {
             "--pretrained_model_name_or_path": pipeline,
@@ -92,30 +63,15 @@ def run(pipeline, photos, tmp_path):
         if not {"--dataset_name", "--train_data_dir", "--jsonl_path"} & set(arguments):
             defaults["--train_data_dir"] = photos
         for flag, value in defaults.items():
-            if flag not in arguments:
+            if flag not in (*arguments, *omit):
                 arguments += [flag, str(value)]
-        AcceleratorState._reset_state(reset_partial_state=True)
-        GradientState._reset_state()
+        reset_accelerate()
+        monkeypatch.setattr(sys, "argv", [f"{script}.py", *arguments])
         module = importlib.import_module(script)
-        module.main(module.parse_args(arguments))
+        module.main(module.parse_args())
         return Path(arguments[arguments.index("--output_dir") + 1])
 
     return run_script
-
-
-def weights(folder):
-    """The trained tensors that a run left in `folder`, by name."""
-    files = [
-        folder / "pytorch_lora_weights.safetensors",
-        folder / "transformer" / "diffusion_pytorch_model.safetensors",
-    ]
-    return load_file(next(file for file in files if file.exists()))
-
-
-def equal(one, other):
-    """Whether two runs left exactly the same weights."""
-    one, other = weights(one), weights(other)
-    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")

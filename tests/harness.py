@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-Runs that can be killed: each is a process of its own, forked from one that has imported the script already, so that a
-start takes half a second and a kill is a real one.
+What the tests and `torture.py` share: photographs, a look at what a run left, and runs that can be killed. Each of
+these is a process of its own, forked from one that has imported the script already: a start takes half a second.
 """
 
 import contextlib
 import importlib
+import json
 import logging
 import multiprocessing
 import os
@@ -19,8 +20,66 @@ from pathlib import Path
 
 import torch
 from accelerate.state import AcceleratorState, GradientState
+from PIL import Image
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+
+ROOT = Path(__file__).resolve().parents[1]
+SCRIPTS = ("train_sd3_sft", "train_sd3_soar", "train_sd3_soar_lora")
+PHOTOS = {
+    "astronaut": "an astronaut in an orange suit",
+    "camera": "a man behind a camera",
+    "chelsea": "a cat looking to the side",
+    "coffee": "a cup of coffee on a wooden table",
+    "coins": "old coins in rows",
+    "hubble_deep_field": "galaxies in deep space",
+    "retina": "the retina of an eye",
+    "rocket": "a rocket on its launch pad",
+}
+
+
+def write_photos(folder, side=10_000):
+    """Write the photographs that scikit-image ships, no side longer than `side` pixels, and their captions."""
+    from skimage import data
+
+    folder.mkdir(exist_ok=True)
+    with open(folder / "metadata.jsonl", "w") as metadata:
+        for name, caption in PHOTOS.items():
+            image = Image.fromarray(getattr(data, name)())
+            image.thumbnail((side, side))
+            image.save(folder / f"{name}.png")
+            metadata.write(json.dumps({"file_name": f"{name}.png", "text": caption}) + "\n")
+
+
+def weights(folder):
+    """The trained tensors that a run, or a pipeline, has in `folder`, by name."""
+    folder = Path(folder)
+    files = [folder / "pytorch_lora_weights.safetensors", folder / "transformer/diffusion_pytorch_model.safetensors"]
+    return load_file(next(file for file in files if file.exists()))
+
+
+def equal(one, other):
+    """Whether two folders hold exactly the same weights."""
+    one, other = weights(one), weights(other)
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def reset_accelerate():
+    """Make accelerate forget the run before, as in a new process."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+def scalars(folder, name="loss"):
+    """A logged value of every optimizer step, the last one where a restart logged a step again."""
+    values = {}
+    files = sorted(Path(folder).glob("logs/*/events*"), key=lambda file: file.stat().st_mtime)
+    for file in files:
+        events = EventAccumulator(str(file)).Reload()
+        if name in events.Tags()["scalars"]:
+            values |= {event.step: event.value for event in events.Scalars(name)}
+    return values
 
 
 COMMON = """--resolution 32 --max_sequence_length 16 --train_batch_size 2 --max_train_steps 8 --checkpointing_steps 2
@@ -73,10 +132,10 @@ def start(script, arguments, log, environment=(), setup=lambda: None):
         setup()
         sys.stdout = sys.stderr = open(log, "a", buffering=1)
         logging.basicConfig(level=logging.INFO, stream=sys.stderr, force=True)
-        AcceleratorState._reset_state(reset_partial_state=True)
-        GradientState._reset_state()
+        reset_accelerate()
+        sys.argv = [f"{script}.py", *map(str, arguments)]
         module = importlib.import_module(script)
-        module.main(module.parse_args([str(a) for a in arguments]))
+        module.main(module.parse_args())
 
     importlib.import_module(script)
     process = multiprocessing.get_context("fork").Process(target=target)
@@ -98,28 +157,6 @@ def finish(process, log, code=0):
     """Wait for a run to end with exit code `code`."""
     process.join(300)
     assert process.exitcode == code, f"exit code {process.exitcode}:\n{Path(log).read_text()[-3000:]}"
-
-
-def weights(folder):
-    folder = Path(folder)
-    files = [folder / "pytorch_lora_weights.safetensors", folder / "transformer/diffusion_pytorch_model.safetensors"]
-    return load_file(next(file for file in files if file.exists()))
-
-
-def identical(one, other):
-    one, other = weights(one), weights(other)
-    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
-
-
-def scalars(folder, name="loss"):
-    """A logged value of every optimizer step, the last one where a restart logged a step again."""
-    values = {}
-    files = sorted(Path(folder).glob("logs/*/events*"), key=lambda file: file.stat().st_mtime)
-    for file in files:
-        events = EventAccumulator(str(file)).Reload()
-        if name in events.Tags()["scalars"]:
-            values |= {event.step: event.value for event in events.Scalars(name)}
-    return values
 
 
 @dataclass
@@ -164,7 +201,7 @@ def torture(case, folder, model, photos, kills, rng):
             assert process.exitcode == 0, Path(log).read_text()[-3000:]
             break  # it was done before the kill
     finish(start(script, command, log), log)
-    outcome.identical = identical(whole, broken)
+    outcome.identical = equal(whole, broken)
     expected = scalars(whole)
     outcome.same_losses = len(expected) == 8 and all(expected[s] == v for s, v in scalars(broken).items())
     return outcome

@@ -2,7 +2,6 @@
 """The comparison of scored runs: its numbers against independent ones, its refusals, and its page in a browser."""
 
 import base64
-import importlib
 import io
 import json
 import math
@@ -12,12 +11,12 @@ import select
 import shutil
 import statistics
 import subprocess
-import sys
 import time
 
+import compare
 import numpy as np
 import pytest
-from conftest import ROOT
+from harness import ROOT
 from PIL import Image
 
 
@@ -29,13 +28,6 @@ NASTY = [
     "一只红色的狐狸 🦊 在雪地里，line\u2028separator",
     "an unbreakable " + "w" * 300,
 ]
-
-
-@pytest.fixture(scope="module")
-def example():
-    sys.path.insert(0, str(EVALUATION))
-    yield importlib.import_module("compare")
-    sys.path.remove(str(EVALUATION))
 
 
 def write_run(folder, rows, side=16, **settings):
@@ -60,9 +52,9 @@ def write_run(folder, rows, side=16, **settings):
     return folder
 
 
-def run(example, output, *arguments):
+def run(output, *arguments):
     """Run the script; returns what it wrote into `comparison.json`."""
-    example.main(example.parse_args([*map(str, arguments), "--output_dir", str(output)]))
+    compare.main(compare.parse_args([*map(str, arguments), "--output_dir", str(output)]))
     return json.loads((output / "comparison.json").read_text())
 
 
@@ -85,7 +77,7 @@ def resample(tasks, draws=4000):
 
 
 @pytest.mark.parametrize("metric", ["ocr", "geneval"])
-def test_table_against_an_independent_computation(example, tmp_path, metric):
+def test_table_against_an_independent_computation(tmp_path, metric):
     """Uneven tasks, prompts with one to four images: means to the bit, intervals to the bootstrap's own noise."""
     rng, rows, tasks = random.Random(0), [], []
     for task, prompts in zip(TASKS, (3, 9, 6, 12, 5, 7), strict=True):
@@ -95,7 +87,7 @@ def test_table_against_an_independent_computation(example, tmp_path, metric):
             group = [float(rng.random() < skill) for _ in range(rng.randint(1, 4))]
             rows += [(f"{task} {prompt}", i, task, {metric: score}) for i, score in enumerate(group)]
             tasks[-1].append(group)
-    comparison = run(example, tmp_path / "out", write_run(tmp_path / "base", rows))
+    comparison = run(tmp_path / "out", write_run(tmp_path / "base", rows))
     found = comparison["scores"][metric]["base"]
     flat = [[score for group in task for score in group] for task in tasks]
     if metric == "geneval":  # the mean of the tasks' means
@@ -118,35 +110,35 @@ def test_table_against_an_independent_computation(example, tmp_path, metric):
     assert all((f"| GenEval: {task} |" in text) == (metric == "geneval") for task in TASKS)
 
 
-def test_images_of_a_prompt_are_drawn_together(example):
+def test_images_of_a_prompt_are_drawn_together():
     """Copies of an image say nothing new, and other prompts do."""
     rng = np.random.default_rng(0)
     scores = {(f"{i}", 0, 0): float(rng.normal()) for i in range(100)}
-    once, copies = example.summarise(scores), {(p, i, 0): score for (p, *_), score in scores.items() for i in range(4)}
-    assert example.summarise(copies) == pytest.approx(once | {"images": 400})
+    once, copies = compare.summarise(scores), {(p, i, 0): score for (p, *_), score in scores.items() for i in range(4)}
+    assert compare.summarise(copies) == pytest.approx(once | {"images": 400})
     se = np.std(list(scores.values())) / 10
     assert (once["high"] - once["low"]) / se == pytest.approx(2 * 1.96, rel=0.08)
     more = {(f"{p} {i}", 0, 0): score for (p, *_), score in scores.items() for i in range(4)}
-    assert example.summarise(more)["high"] - once["mean"] == pytest.approx((once["high"] - once["mean"]) / 2, rel=0.15)
-    assert example.summarise({("one", 0, 0): 1.0, ("one", 1, 0): 0.0})["low"] is None
+    assert compare.summarise(more)["high"] - once["mean"] == pytest.approx((once["high"] - once["mean"]) / 2, rel=0.15)
+    assert compare.summarise({("one", 0, 0): 1.0, ("one", 1, 0): 0.0})["low"] is None
 
 
-def test_intervals_cover(example, monkeypatch):
+def test_intervals_cover(monkeypatch):
     """Of 400 synthetic data sets, prompts with two images each, about 95 % have the truth within the interval."""
-    monkeypatch.setattr(example, "DRAWS", 400)
+    monkeypatch.setattr(compare, "DRAWS", 400)
     rng, covered = np.random.default_rng(0), {"mean": 0, "tasks": 0}
     for _ in range(400):
         prompts = rng.normal(0.3, 1, size=60)
         scores = {(str(i), j, 0): prompts[i] + rng.normal() for i in range(60) for j in range(2)}
         tags = {key: "a" if int(key[0]) < 20 else "b" for key in scores}
         shifted = {key: score + (tags[key] == "a") for key, score in scores.items()}
-        mean, tasks = example.summarise(scores), example.summarise(shifted, tags)
+        mean, tasks = compare.summarise(scores), compare.summarise(shifted, tags)
         covered["mean"] += mean["low"] <= 0.3 <= mean["high"]
         covered["tasks"] += tasks["low"] <= 0.8 <= tasks["high"]
     assert all(0.91 < count / 400 < 0.98 for count in covered.values()), covered
 
 
-def test_pairs(example, tmp_path):
+def test_pairs(tmp_path):
     """Matched by prompt and index whatever the order, a prompt that is there twice by its occurrence."""
     texts = ["same", *(f"prompt {i}" for i in range(12)), "same"]
     base = [(text, i, None, {"ocr": place / 20 + i / 100}) for place, text in enumerate(texts) for i in range(2)]
@@ -157,7 +149,7 @@ def test_pairs(example, tmp_path):
     other[0][3]["ocr"] = None
     other[1][3].clear()
     folders = [write_run(tmp_path / "base", base), write_run(tmp_path / "other", other)]
-    comparison = run(example, tmp_path / "out", *folders)
+    comparison = run(tmp_path / "out", *folders)
     assert list(comparison["differences"]["ocr"]) == ["other"]
     found = comparison["differences"]["ocr"]["other"]
     assert (found["images"], found["prompts"]) == (26, 12)
@@ -170,7 +162,7 @@ def test_pairs(example, tmp_path):
     assert len(cards[0]["rows"]) == 4 and cards[-1]["rows"][0][0] is None
 
 
-def test_differences_against_an_independent_computation(example, tmp_path):
+def test_differences_against_an_independent_computation(tmp_path):
     """Of GenEval and of a metric that only one of the others has; and the same call gives the same numbers."""
     rng, runs = random.Random(0), {}
     for name in ("base", "sft", "soar"):
@@ -179,7 +171,7 @@ def test_differences_against_an_independent_computation(example, tmp_path):
             row[3]["pickscore"] = rng.gauss(21, 1)
         runs[name] = write_run(tmp_path / name, rows, guidance_scale=7 if name == "soar" else 4.5), rows
     arguments = [f"{name}={folder}" for name, (folder, _) in runs.items()]
-    comparison = run(example, tmp_path / "out", *arguments)
+    comparison = run(tmp_path / "out", *arguments)
     assert list(comparison["scores"]) == list(comparison["differences"]) == ["geneval", "pickscore"]
     assert list(comparison["differences"]["pickscore"]) == ["soar"]
     for name in ("sft", "soar"):
@@ -193,12 +185,12 @@ def test_differences_against_an_independent_computation(example, tmp_path):
     assert re.search(r"^\| difference \| sft - base \| soar - base \|$", text, re.MULTILINE)
     assert re.search(r"^\| PickScore \| - \| [+-]0.\d+ \[", text, re.MULTILINE)
     assert "| guidance_scale | 4.5 | 4.5 | 7 |" in text and comparison["settings"].keys() == {"guidance_scale"}
-    assert run(example, tmp_path / "again", *arguments) == comparison
+    assert run(tmp_path / "again", *arguments) == comparison
 
 
-def test_published_figures(example, tmp_path):
+def test_published_figures(tmp_path):
     """They are marked as such, and are those of the paper."""
-    run(example, tmp_path / "out", write_run(tmp_path / "base", [("a", 0, None, {"ocr": 0.5})]))
+    run(tmp_path / "out", write_run(tmp_path / "base", [("a", 0, None, {"ocr": 0.5})]))
     text = (tmp_path / "out" / "table.md").read_text().split("Published, not measured here (SOAR, arXiv 2604.12617")[1]
     rows = [line for line in text.splitlines() if line.startswith("|")]
     assert rows[0] == "| metric | SD-XL | SD3.5-L | FLUX.1-dev | SD3.5-M | SD3.5-M SFT | SD3.5-M SOAR |"
@@ -206,10 +198,10 @@ def test_published_figures(example, tmp_path):
         "| GenEval | 0.55 | 0.71 | 0.66 | 0.63 | 0.70 | 0.78 |",
         "| OCR | 0.14 | 0.68 | 0.59 | 0.59 | 0.64 | 0.67 |",
     ]
-    assert len(rows) == 2 + len(example.LABELS) and all(row.count("|") == 8 for row in rows)
+    assert len(rows) == 2 + len(compare.LABELS) and all(row.count("|") == 8 for row in rows)
 
 
-def test_legend(example, tmp_path, monkeypatch):
+def test_legend(tmp_path, monkeypatch):
     """A name a run in its colour, also of one that the first metric lacks, and whatever the name."""
     from matplotlib.colors import to_rgba
     from matplotlib.figure import Figure
@@ -219,30 +211,30 @@ def test_legend(example, tmp_path, monkeypatch):
     scores = [{"ocr": 0.5, "aesthetic": 5.0}, {"aesthetic": 6.0}, {"ocr": 0.1}]
     names = ["_base", "$x^$", "other"]
     folders = [write_run(tmp_path / str(i), [("a", 0, None, found)]) for i, found in enumerate(scores)]
-    run(example, tmp_path / "out", *(f"{name}={folder}" for name, folder in zip(names, folders, strict=True)))
+    run(tmp_path / "out", *(f"{name}={folder}" for name, folder in zip(names, folders, strict=True)))
     assert [text.get_text().replace("\\$", "$") for text in legends[0].get_texts()] == names
     colors = [patch.get_facecolor() for patch in legends[0].get_patches()]
-    assert colors == [to_rgba(color) for color in example.COLORS[:3]]
+    assert colors == [to_rgba(color) for color in compare.COLORS[:3]]
 
 
 # Files
 
 
-def test_files_outside_of_a_run(example, tmp_path):
+def test_files_outside_of_a_run(tmp_path):
     folder = write_run(tmp_path / "run", [("a", 0, None, {"ocr": 0.5})])
     path = folder / "metadata.jsonl"
     path.write_text(path.read_text().replace("images/", "../other/"))
     with pytest.raises(SystemExit, match="leads out of"):
-        run(example, tmp_path / "out", folder)
+        run(tmp_path / "out", folder)
 
 
-def test_unreadable_images_are_counted(example, tmp_path, capsys):
+def test_unreadable_images_are_counted(tmp_path, capsys):
     """A truncated and a missing image leave a place with the file's name; the others have thumbnails and links."""
     folder = write_run(tmp_path / "my run #1", [(f"p{i}", 0, None, {"ocr": 0.5}) for i in range(4)], side=64)
     whole = (folder / "images" / "00001-0.png").read_bytes()
     (folder / "images" / "00001-0.png").write_bytes(whole[: len(whole) // 2])
     (folder / "images" / "00002-0.png").unlink()
-    comparison = run(example, tmp_path / "out", f"base={folder}", "--thumbnail_size", 32)
+    comparison = run(tmp_path / "out", f"base={folder}", "--thumbnail_size", 32)
     assert "2 images could not be read" in capsys.readouterr().out
     names = [f"../my run #1/images/0000{i}-0.png" for i in (1, 2)]
     assert comparison["unreadable_images"] == names
@@ -253,31 +245,31 @@ def test_unreadable_images_are_counted(example, tmp_path, capsys):
     assert Image.open(io.BytesIO(base64.b64decode(cells[0]["thumb"]))).size == (32, 32)
 
 
-def test_prompts_do_not_leave_the_data(example, tmp_path):
+def test_prompts_do_not_leave_the_data(tmp_path):
     """No prompt ends the script element that it is in, and each arrives as it was; the table's cells stay cells."""
     rows = [(text, 0, "a|b", {"geneval": {"score": 1.0, "reason": text}}) for text in NASTY]
-    run(example, tmp_path / "out", f"a|b={write_run(tmp_path / 'base', rows)}")
+    run(tmp_path / "out", f"a|b={write_run(tmp_path / 'base', rows)}")
     page = (tmp_path / "out" / "report.html").read_text()
     assert page.count("</script") == (EVALUATION / "report_template.html").read_text().count("</script")
     assert [card["text"] for card in page_data(tmp_path / "out")["cards"]] == NASTY
     assert "| metric | a\\|b |" in (tmp_path / "out" / "table.md").read_text()
 
 
-def test_an_earlier_comparison_is_replaced_whole(example, tmp_path, monkeypatch):
+def test_an_earlier_comparison_is_replaced_whole(tmp_path, monkeypatch):
     """And stays as it was when the new one fails, with nothing left beside it."""
     folder = write_run(tmp_path / "base", [("a", 0, None, {"ocr": 0.5}), ("b", 0, None, {"ocr": 0.7})])
-    run(example, tmp_path / "out", folder)
+    run(tmp_path / "out", folder)
     before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
-    assert before.keys() == example.OUTPUTS
+    assert before.keys() == compare.OUTPUTS
     with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
-        patch.setattr(example, "draw", lambda *_: 1 / 0)
-        run(example, tmp_path / "out", f"other={folder}")
+        patch.setattr(compare, "draw", lambda *_: 1 / 0)
+        run(tmp_path / "out", f"other={folder}")
     assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
-    assert list(run(example, tmp_path / "out", f"other={folder}")["runs"]) == ["other"]
+    assert list(run(tmp_path / "out", f"other={folder}")["runs"]) == ["other"]
     assert {path.name for path in tmp_path.iterdir()} == {"base", "out"}
 
 
-def test_refusals(example, tmp_path):
+def test_refusals(tmp_path):
     """One line that names what is wrong, and nothing written."""
     good = write_run(tmp_path / "good", [("a", 0, None, {"ocr": 0.5}), ("b", 0, None, {"ocr": 0.7})])
     others = {
@@ -308,32 +300,32 @@ def test_refusals(example, tmp_path):
         "untagged": 'untagged/metadata.jsonl: images/00000-0.png has no "tag"',
         "text": "text/scores/ocr.jsonl: images/00000-0.png",
         "stale": "stale/scores/ocr.jsonl: old.png is not in metadata.jsonl",
-        "broken": "broken/scores/ocr.jsonl line 2 is not JSON",
+        "broken": "broken/scores/ocr.jsonl, line 2 is not JSON",
         "settings": "settings/generation.json is not a JSON object",
         "twice": "twice/metadata.jsonl: images/00000-0.png is twice",
     }
     output = tmp_path / "out"
     calls = [([good, others[name]], message.format(name)) for name, message in wrong.items()]
     calls += [([good, f"good={others['index']}"], "every name once"), ([f"={good}"], "want NAME=FOLDER")]
-    calls += [([good, tmp_path / "nowhere"], "want NAME=FOLDER"), ([f"x={tmp_path}"], "holds no metadata.jsonl")]
+    calls += [([good, tmp_path / "nowhere"], "want NAME=FOLDER"), ([f"x={tmp_path}"], "has no metadata.jsonl")]
     before = sorted(tmp_path.rglob("*"))
     for arguments, message in calls:
         with pytest.raises(SystemExit) as end:
-            run(example, output, *arguments)
+            run(output, *arguments)
         assert message in str(end.value) and "\n" not in str(end.value), (arguments, end.value)
     assert sorted(tmp_path.rglob("*")) == before
-    run(example, output, good)
+    run(output, good)
     for name, text in (("notes.txt", "mine"), ("comparison.json", "{}")):
         kept = (output / name).read_text() if (output / name).exists() else None
         (output / name).write_text(text)
         with pytest.raises(SystemExit, match=rf"not, or not only, an earlier comparison \(.*{name}"):
-            run(example, output, good)
+            run(output, good)
         assert (output / name).read_text() == text
         (output / name).write_text(kept) if kept else (output / name).unlink()
     with pytest.raises(SystemExit, match="--output_dir"):
-        run(example, good / "metadata.jsonl", good)
+        run(good / "metadata.jsonl", good)
     with pytest.raises(SystemExit, match="2"):
-        run(example, output, good, "--thumbnail_size", 5)
+        run(output, good, "--thumbnail_size", 5)
 
 
 # The page
@@ -433,7 +425,7 @@ RUNS = ("base", "sft", "soar", "soar-lora")
 
 
 @pytest.fixture(scope="module")
-def large(example, tmp_path_factory):
+def large(tmp_path_factory):
     """A comparison of 500 prompts and 4 runs, and its scores: OCR of `(prompt, run)`."""
     folder, rng = tmp_path_factory.mktemp("large"), np.random.default_rng(0)
     scores = rng.random((500, 4)).round(3)
@@ -445,7 +437,7 @@ def large(example, tmp_path_factory):
             for i, text in enumerate(texts)
         ]
         write_run(folder / name, rows, side=48)
-    run(example, folder / "out", *(folder / name for name in RUNS), "--thumbnail_size", 40)
+    run(folder / "out", *(folder / name for name in RUNS), "--thumbnail_size", 40)
     return folder / "out" / "report.html", texts, scores
 
 
@@ -488,12 +480,12 @@ def test_page_of_500_prompts(browser, large):
     assert browser.complaints() == []
 
 
-def test_runs_in_the_order_of_the_call(browser, example, tmp_path):
+def test_runs_in_the_order_of_the_call(browser, tmp_path):
     """Also where their names are numbers, which JavaScript sorts; and a card that was clicked on is the one opened."""
     names, texts = ["base", "1000", "500"], ["first", "second"]
     for place, name in enumerate(names):
         write_run(tmp_path / name, [(text, 0, None, {"ocr": 0.1 + place / 10}) for text in texts])
-    run(example, tmp_path / "out", *(tmp_path / name for name in names))
+    run(tmp_path / "out", *(tmp_path / name for name in names))
     browser.open(tmp_path / "out" / "report.html")
     assert browser.run("document.title") == "base, 1000, 500"
     card = browser.run("document.querySelector('article').textContent")
@@ -592,12 +584,12 @@ def test_keyboard_and_large_view(browser, large):
     assert browser.complaints() == []
 
 
-def test_page_with_gaps(browser, example, tmp_path):
+def test_page_with_gaps(browser, tmp_path):
     """One run; several images a prompt; missing scores, files and thumbnails: places are held, numbers are dashes."""
     rows = [(f"p{i}", j, None, {"pickscore": 20 + i + j} if i else {}) for i in range(3) for j in range(2)]
     folder = write_run(tmp_path / "base", rows, side=48)
     (folder / "images" / "00002-0.png").write_bytes(b"broken")
-    run(example, tmp_path / "out", folder)
+    run(tmp_path / "out", folder)
     (folder / "images" / "00004-0.png").unlink()
     browser.open(tmp_path / "out" / "report.html")
     assert browser.run("document.querySelector('#task').hidden")

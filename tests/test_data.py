@@ -7,7 +7,6 @@ import logging
 import math
 import shlex
 import shutil
-from collections import Counter
 from itertools import islice
 from pathlib import Path
 
@@ -16,8 +15,8 @@ import numpy as np
 import pytest
 import torch
 from accelerate import PartialState
-from conftest import PHOTOS, weights
 from diffusers import StableDiffusion3Pipeline
+from harness import PHOTOS, weights
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -38,7 +37,7 @@ def samples(pipeline, tmp_path, caplog):
         args = script.parse_args([str(argument) for argument in arguments])
         args.cache_dir = tmp_path / "cache"
         rows = script.load_images(args)
-        return script.TrainingImages(args, rows, script.inspect_images(args, script.check_model(args), rows), {})
+        return script.TrainingImages(args, rows, script.inspect_images(args, script.check_model(args), rows), None)
 
     return read
 
@@ -174,23 +173,23 @@ def test_max_train_samples(samples, photos):
 def test_what_reaches_the_model(cached, run, monkeypatch, photos, pipeline):
     """Each photograph and caption is encoded once an epoch; a sample has the latents and embeddings of one pair."""
     pixels, prompts, batches = [], [], []
-    encode_images, encode_prompts, losses = script.encode_images, script.encode_prompts, script.training_losses
+    encode_images, encode_prompts, prepare_batch = script.encode_images, script.encode_prompts, script.prepare_batch
 
     def see_images(vae, tensor, device):
         pixels.append(tensor.clone())
         return encode_images(vae, tensor, device)
 
-    def see_prompts(args, pipeline, texts, device):
+    def see_prompts(text_encoders, texts, *rest):
         prompts.append(texts)
-        return encode_prompts(args, pipeline, texts, device)
+        return encode_prompts(text_encoders, texts, *rest)
 
-    def see_batch(args, accelerator, transformer, batch, *rest):
-        batches.append(batch)
-        return losses(args, accelerator, transformer, batch, *rest)
+    def see_batch(*inputs):
+        batches.append(prepare_batch(*inputs))
+        return batches[-1]
 
     monkeypatch.setattr(script, "encode_images", see_images)
     monkeypatch.setattr(script, "encode_prompts", see_prompts)
-    monkeypatch.setattr(script, "training_losses", see_batch)
+    monkeypatch.setattr(script, "prepare_batch", see_batch)
     flags = ["--cache_latents", "--cache_prompt_embeds"] if cached else []
     run("train_sd3_soar", "--trajectory_length", 0, "--center_crop", "--max_train_steps", 4, *flags)
 
@@ -314,65 +313,6 @@ def test_aspect_ratio_buckets(flags, samples, tmp_path, caplog):
         height, width = images.inspected[keys[0][0]]["size"]
         assert batch["pixels"].shape == (2, 3, height, width)
     assert "8 images, 0 dropped" in caplog.text and "48x48" in caplog.text
-
-
-# Order
-
-
-SIZES = {
-    "one": [(32, 32)] * 12,
-    "one with a remainder": [(32, 32)] * 11,
-    "buckets": [(32, 32), (32, 64), (64, 32)] * 4,
-    "buckets with remainders": [(32, 32)] * 7 + [(32, 64)] * 3 + [(64, 32)],
-}
-
-
-def batches(name, count, **more):
-    return list(islice(script.BucketBatchSampler(SIZES[name], 4, **{"seed": 3, **more}), count))
-
-
-@pytest.mark.parametrize("name", ["one", "buckets"])
-def test_every_sample_once_an_epoch(name):
-    """Where the batches come out even, an epoch is a permutation, another one every time."""
-    epochs = [batches(name, 9)[3 * epoch : 3 * epoch + 3] for epoch in range(3)]
-    for epoch in epochs:
-        assert sorted(index for batch in epoch for index, _ in batch) == list(range(12))
-    assert epochs[0] != epochs[1] != epochs[2]
-    order = [[[index for index, _ in batch] for batch in batches(name, 3, seed=seed)] for seed in (3, 4)]
-    assert order[0] != order[1]
-
-
-@pytest.mark.parametrize("name", SIZES)
-def test_remainders_are_carried_over(name):
-    """What fills no batch opens a later one: in four epochs of four-sample batches, every sample comes four times."""
-    sizes = SIZES[name]
-    stream = batches(name, 3 * len(sizes))
-    for batch in stream:
-        assert len(batch) == 4 and len({sizes[index] for index, _ in batch}) == 1
-    for start in range(0, len(stream), len(sizes)):
-        seen = Counter(index for batch in stream[start : start + len(sizes)] for index, _ in batch)
-        assert seen == dict.fromkeys(range(len(sizes)), 4)
-    assert [position for batch in stream for _, position in batch] == list(range(12 * len(sizes)))
-
-
-def test_one_size_is_a_stream_of_permutations():
-    order = [index for batch in batches("one with a remainder", 33) for index, _ in batch]
-    passes = [order[start : start + 11] for start in range(0, len(order), 11)]
-    assert all(sorted(one) == list(range(11)) for one in passes)
-    assert len(set(map(tuple, passes))) == len(passes)
-
-
-@pytest.mark.parametrize("start", [0, 2, 5, 30])
-@pytest.mark.parametrize("num_processes", [1, 2, 3])
-@pytest.mark.parametrize("name", SIZES)
-def test_processes_and_restarts_share_one_sequence(name, num_processes, start):
-    """Processes take turns, and a restart goes on where the run ended."""
-    whole = batches(name, start + 30)[start:]
-    parts = [
-        batches(name, 30 // num_processes, start=start, num_processes=num_processes, process_index=i)
-        for i in range(num_processes)
-    ]
-    assert [batch for turn in zip(*parts, strict=True) for batch in turn] == whole
 
 
 # Caches

@@ -1,12 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every command in the README, the examples and the scripts' docstrings is one that its script understands."""
 
+import ast
 import importlib
 import re
 import shlex
 
 import pytest
-from conftest import ROOT, SCRIPTS
+from harness import ROOT, SCRIPTS
+
+
+QUICKSTART = ROOT / "examples" / "quickstart" / "run.sh"
 
 
 def commands(text):
@@ -22,8 +26,8 @@ def documents():
     yield "README.md", "\n".join(re.findall(r"```bash\n(.*?)```", readme, flags=re.DOTALL))
     for script in SCRIPTS:
         yield f"{script}.py", importlib.import_module(script).__doc__
-    printed = (ROOT / "examples" / "quickstart.sh").read_text().split("cat <<END")[1]
-    yield "quickstart.sh", printed.replace("\\\\", "\\")
+    printed = QUICKSTART.read_text().split("cat <<END")[1]
+    yield "quickstart/run.sh", printed.replace("\\\\", "\\")
     for path in sorted((ROOT / "examples").rglob("*.md")):
         yield str(path.relative_to(ROOT)), "\n".join(re.findall(r"```bash\n(.*?)```", path.read_text(), re.DOTALL))
 
@@ -32,7 +36,8 @@ COMMANDS = [(name, *command) for name, text in documents() for command in comman
 
 
 def test_there_are_commands():
-    assert {"README.md", "quickstart.sh", *(f"{script}.py" for script in SCRIPTS)} <= {name for name, *_ in COMMANDS}
+    names = {"README.md", "quickstart/run.sh", *(f"{script}.py" for script in SCRIPTS)}
+    assert names <= {name for name, *_ in COMMANDS}
 
 
 @pytest.mark.parametrize(("document", "script", "arguments"), COMMANDS)
@@ -46,7 +51,7 @@ def test_command_is_understood(document, script, arguments, tmp_path, monkeypatc
 
 def test_flags_of_the_quickstart_exist():
     """The quickstart builds its command lines from variables: every flag there must be one of the scripts'."""
-    text = (ROOT / "examples" / "quickstart.sh").read_text()
+    text = QUICKSTART.read_text()
     known = {script: set(re.findall(r'add\("(--\w+)"', (ROOT / f"{script}.py").read_text())) for script in SCRIPTS}
 
     def flags(pattern):
@@ -60,6 +65,25 @@ def test_flags_of_the_quickstart_exist():
     assert flags(r'^lora="(.*?)"') <= known["train_sd3_soar_lora"]
 
 
+def test_flags_of_the_cards(tmp_path, monkeypatch):
+    """The README's command, changed as its table says for each card, is understood by the script of that row."""
+    monkeypatch.chdir(ROOT)
+    readme = (ROOT / "README.md").read_text()
+    ((script, recipe),) = [
+        c for c in commands("\n".join(re.findall(r"```bash\n(.*?)```", readme, re.DOTALL))) if "lora" in c[0]
+    ]
+    recipe = shlex.split(recipe.replace("my_images", str(tmp_path)))
+    rows = re.findall(r"^\| \d+ GB \|[^|]*\|([^|]*)\|", readme, re.MULTILINE)
+    assert len(rows) == 4
+    for row in rows:
+        changed, without = row.partition("without")[::2]
+        module = importlib.import_module(match[0] if (match := re.search(r"train_\w+", changed)) else script)
+        words = [word for word in recipe if f"`{word}`" not in without]
+        words += [word for text in re.findall(r"`(--[^`]*)`", changed) for word in shlex.split(text)]
+        args = module.parse_args(words)
+        assert ("--offload" in without) == (not args.offload)
+
+
 def test_readme_table_has_every_soar_flag_with_its_default():
     readme = (ROOT / "README.md").read_text()
     table = dict(re.findall(r"^\| `(--\w+)` \| ([^|]*) \|", readme, flags=re.MULTILINE))
@@ -71,3 +95,24 @@ def test_readme_table_has_every_soar_flag_with_its_default():
     for flag, default in table.items():
         value = getattr(args, flag.strip("-"))
         assert default.strip() in (f"{value}", f"`{value}`") or value is None
+
+
+def test_examples_use_the_public_names_of_a_script_and_no_others():
+    """Those of the table in `examples/README.md`, each of which some example uses and every script has."""
+    section = (ROOT / "examples" / "README.md").read_text().split("## What the examples use of a script")[1]
+    public = {
+        name for names in re.findall(r"^\| (`.*?) \|", section, re.MULTILINE) for name in re.findall(r"`(\w+)`", names)
+    }
+    used = set()
+    for path in (ROOT / "examples").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.module in SCRIPTS:
+                used |= {alias.name for alias in node.names}
+            elif (
+                isinstance(node, ast.Attribute)
+                and getattr(node.value, "id", getattr(node.value, "attr", "")) == "script"
+            ):
+                used.add(node.attr)
+    assert used == public
+    for script in SCRIPTS:
+        assert all(hasattr(importlib.import_module(script), name) for name in public)

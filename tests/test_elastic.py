@@ -140,12 +140,15 @@ def test_one_bucket_has_one_order_whatever_the_batch_size(count, seed):
     assert all(order == orders[0] for order in orders)
 
 
-def test_passes_are_shuffled_differently():
+@pytest.mark.parametrize("batch_size", [4, 7])  # one that passes end with, and one that spans them
+def test_one_size_is_a_stream_of_permutations(batch_size):
+    """Of another order in each pass, and with another seed."""
     sizes = sizes_of([20])
-    order = [index for batch in first_batches(10, sizes, 4, 0) for index, _ in batch]
-    first, second = order[:20], order[20:]
-    assert sorted(first) == sorted(second) == list(range(20))
-    assert first != second and first != list(range(20))
+    order = [index for batch in first_batches(20, sizes, batch_size, 0) for index, _ in batch]
+    passes = [tuple(order[start : start + 20]) for start in range(0, len(order) - 19, 20)]
+    assert all(sorted(one) == list(range(20)) for one in passes)
+    assert len({*passes, tuple(range(20))}) == len(passes) + 1
+    assert first_batches(1, sizes, batch_size, 1) != first_batches(1, sizes, batch_size, 0)
 
 
 def test_seeds_differ_and_do_not_depend_on_the_process():

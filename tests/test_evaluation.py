@@ -10,11 +10,16 @@ import shutil
 import subprocess
 import sys
 
+import data_sets
 import datasets
+import filter_dataset
 import numpy as np
+import ocr
 import pytest
+import score_images
+import scoring
 from accelerate.state import AcceleratorState
-from conftest import ROOT
+from harness import ROOT
 from PIL import Image, ImageDraw, ImageFont
 from safetensors.torch import load_file, save_file
 
@@ -23,13 +28,6 @@ import train_sd3_soar
 
 HERE = ROOT / "examples" / "evaluation"
 PROMPTS = ROOT.parent / "shared" / "data"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def path():
-    sys.path.insert(0, str(HERE))
-    yield
-    sys.path.remove(str(HERE))
 
 
 @pytest.fixture
@@ -81,8 +79,6 @@ def run_folder(tmp_path):
 
 def test_words_are_read_and_scored(call, run_folder, monkeypatch):
     """Real weights. The summary is the mean of the scores, a second call scores nothing, and the mean lies inside."""
-    import ocr
-
     output = call("score_images", run_folder, "--metrics", "ocr")
     rows = [json.loads(line) for line in (run_folder / "scores" / "ocr.jsonl").read_text().splitlines()]
     assert [row["score"] for row in rows] == [1, 1, pytest.approx(2 / 3), 1]
@@ -125,14 +121,10 @@ def test_scoring_goes_on_after_what_is_bad(call, run_folder):
     ],
 )
 def test_text_score(wanted, read, score):
-    import ocr
-
     assert ocr.text_score(wanted, read) == pytest.approx(score)
 
 
 def test_wanted_text():
-    import ocr
-
     assert ocr.wanted_text({"text": 'a sign, "Open Late", and "no"'}) == "Open Late"
     assert ocr.wanted_text({"text": "a sign, “Open”"}) == "Open"
     assert ocr.wanted_text({"text": "picture of c a t", "wanted_text": "CAT"}) == "CAT"
@@ -143,16 +135,12 @@ def test_wanted_text():
 
 @pytest.mark.skipif(not PROMPTS.exists(), reason="the published prompt sets are not beside this checkout")
 def test_published_ocr_prompts_have_texts():
-    import ocr
-
     lines = (PROMPTS / "ocr_prompts.txt").read_text().splitlines()
     assert len(lines) > 1000 and all(ocr.wanted_text({"text": line}) for line in lines)
 
 
 def test_intervals():
     """Of a mean over prompts with several images, against the known standard error; of GenEval, over its tasks."""
-    import score_images
-
     rng = np.random.default_rng(1)
     rows, scores = [], {}
     for prompt in range(400):
@@ -162,13 +150,13 @@ def test_intervals():
             tag = "colors" if prompt < 100 else "position"
             rows.append({"digest": name, "file_name": name, "text": str(prompt), "tag": tag, "prompt_index": prompt})
             scores[name] = {"score": value, "strict": value - (prompt < 100)}
-    summary = score_images.summarise("clipscore", rows, scores)
+    summary = score_images.summarise_metric("clipscore", rows, scores)
     values = [score["score"] for score in scores.values()]
     assert summary["mean"] == pytest.approx(np.mean(values))
     half = 1.96 * np.std(values) / 400**0.5
     assert summary["high"] - summary["mean"] == pytest.approx(half, rel=0.1)
     assert summary["mean"] - summary["low"] == pytest.approx(half, rel=0.1)
-    summary = score_images.summarise("geneval", rows, scores)
+    summary = score_images.summarise_metric("geneval", rows, scores)
     means = {"colors": np.mean(values[:300]), "position": np.mean(values[300:])}
     assert {task: part["mean"] for task, part in summary["tasks"].items()} == pytest.approx(means)
     assert summary["mean"] == pytest.approx(sum(means.values()) / 2)
@@ -177,7 +165,7 @@ def test_intervals():
     for row in rows:  # a data set, all of one caption: its images are drawn again, each by itself
         row["text"] = "a photo"
         del row["prompt_index"]
-    summary = score_images.summarise("clipscore", rows, scores)
+    summary = score_images.summarise_metric("clipscore", rows, scores)
     assert summary["high"] - summary["low"] == pytest.approx(2 * 1.96 * np.std(values) / 1200**0.5, rel=0.1)
 
 
@@ -202,14 +190,12 @@ def generate(call, pipeline, tmp_path):
 
 def test_from_prompts_to_images(generate):
     """Every image from its own noise; the folder trains and scores; what is there and whole is not drawn again."""
-    import score_images
-
     folder, output = generate("run")
     rows = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
     assert [row["text"] for row in rows] == ["a red circle"] * 2 + ['a sign "A"'] * 2
     assert [row["tag"] for row in rows] == ["colors"] * 2 + ["word"] * 2
     assert rows[2]["file_name"] == "images/00001-0.png" and len({row["seed"] for row in rows}) == 4
-    scored = score_images.read_run(folder)
+    scored = scoring.read_run(folder)
     include = [{"class": "circle", "position": ["left of", 0]}]
     assert [row["include"] for row in scored] == [include] * 2 + ["none"] * 2
     assert [row["text"] for row in scored] == [row["text"] for row in rows] and "image" not in rows[2]
@@ -404,8 +390,6 @@ def read_back(*arguments):
 
 def test_a_data_set_of_the_hub(call, tmp_path):
     """Images within a table: scored, filtered and converted, none of their bytes kept in between."""
-    import score_images
-
     shown = ["TEA", "TEN", "BREAD", "TEA"]
     table = datasets.Dataset.from_dict({"picture": [written(text) for text in shown], "says": ['It says "TEA".'] * 4})
     table = table.cast_column("picture", datasets.Image())
@@ -425,7 +409,7 @@ def test_a_data_set_of_the_hub(call, tmp_path):
     best = ["--jsonl_path", tmp_path / "best" / "data.jsonl", "--image_dir", tmp_path / "best" / "images"]
     assert [row[:3] for row in read_back(*best)] == [('It says "TEA".', 256, 256)] * 2  # a tie
     args = train_sd3_soar.parse_args(["--pretrained_model_name_or_path", "x", *map(str, source)])
-    assert all(isinstance(row["image"], tuple) for row in score_images.read_data(args))
+    assert all(isinstance(row["image"], tuple) for row in data_sets.read_data(args))
     output = call("filter_dataset", *best, "--metric", "ocr", "--min_score", 1, "--output_dir", tmp_path / "again")
     assert "2 of 2 images" in output
 
@@ -501,7 +485,7 @@ def test_what_is_converted_is_what_training_sees(call, tmp_path):
     records = [json.loads(line) for line in (tmp_path / "out" / "data.jsonl").read_text().splitlines()]
     assert [record["caption_en"] for record in records] == ["grey.tiff", "turned.tiff"]
     for record in records:
-        seen, _ = train_sd3_soar.read_image({"path": source / record["caption_en"], "bytes": None})
+        seen = train_sd3_soar.decode_image((source / record["caption_en"]).read_bytes())
         assert np.array_equal(np.asarray(Image.open(tmp_path / "out" / "images" / f"{record['md5']}.png")), seen)
 
 
@@ -527,8 +511,6 @@ def test_filtered_by_score(call, run_folder, tmp_path):
 
 
 def test_top_fraction():
-    import filter_dataset
-
     assert filter_dataset.choose([3.0, 1.0, 2.0, 4.0], None, 0.5) == 3.0
     assert filter_dataset.choose([3.0, 1.0], None, 1e-9) == 3.0
     assert filter_dataset.choose([3.0, 1.0], 2.5, None) == 2.5
@@ -541,7 +523,7 @@ def test_flags_of_the_readme_exist():
     assert {"generate_images", "score_images", "compare", "filter_dataset", "convert_jsonl"} <= {
         name for name, _ in found
     }
-    shared = (HERE / "score_images.py").read_text() + (HERE / "convert_jsonl.py").read_text()
+    shared = (HERE / "data_sets.py").read_text()
     for name, arguments in found:
         source = (HERE / f"{name}.py").read_text()
         source += shared if name in ("filter_dataset", "convert_jsonl") else ""

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The measurement of exposure bias: what must come out for models whose errors are known, and its command line."""
 
-import importlib
 import json
 import math
 import re
@@ -10,13 +9,16 @@ import shutil
 import subprocess
 import sys
 
+import measure_exposure_bias
 import pytest
 import torch
 from accelerate.state import AcceleratorState, PartialState
-from conftest import PHOTOS, ROOT
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
+from harness import PHOTOS, ROOT
+from measure_exposure_bias import measure_batch, summarise
 from PIL import Image
 from safetensors.torch import save_file
+from trained import find_trained, load_trained
 
 import soar_utils
 import train_sd3_soar
@@ -25,13 +27,6 @@ import train_sd3_soar
 EXAMPLES = ROOT / "examples"
 GRID = soar_utils.shift_sigma(1 - torch.arange(10) / 10, 3.0)
 POINTS, OWN_STEPS = [4, 6, 9], [1, 4]
-
-
-@pytest.fixture(scope="module")
-def example():
-    sys.path.insert(0, str(EXAMPLES))
-    yield importlib.import_module("measure_exposure_bias")
-    sys.path.remove(str(EXAMPLES))
 
 
 @pytest.fixture
@@ -63,38 +58,38 @@ class Model:
 # What the numbers must be
 
 
-def test_an_exact_model_has_no_error(example, batch, tmp_path):
+def test_an_exact_model_has_no_error(batch, tmp_path):
     """Its own states are the ideal ones, and a ratio of roundings is nowhere shown as a number."""
     model = Model(lambda state, sigma, is_caption: batch["noise"] - batch["latents"])
-    ideal, start, own, growth = measured = example.measure_batch(model, batch, GRID, POINTS, OWN_STEPS, 4.5)
+    ideal, start, own, growth = measured = measure_batch(model, batch, GRID, POINTS, OWN_STEPS, 4.5)
     assert measured.shape == (4, 3, 2, 3)
     assert max(ideal.max(), start.max(), own.max()) < 1e-11
     torch.testing.assert_close(growth, torch.ones_like(growth), rtol=1e-6, atol=0)
-    summary, levels = example.summarise(GRID[POINTS].tolist(), OWN_STEPS, {"exact": measured})
+    summary, levels = summarise(GRID[POINTS].tolist(), OWN_STEPS, {"exact": measured})
     assert {record["ratio"] for record in levels} == {record["gap"] for record in summary} == {None}
     arguments = {"num_own_steps": OWN_STEPS, "guidance_scale": 4.5, "num_inference_steps": 10}
     report = {"arguments": arguments, "num_images": 3, "summary": summary, "levels": levels}
     assert json.loads(json.dumps(report, allow_nan=False)) == report
-    assert example.format_table(report).count("undefined") == 4 * len(summary) + len(levels)
-    example.draw(report, tmp_path / "exact.png")
+    assert measure_exposure_bias.format_table(report).count("undefined") == 4 * len(summary) + len(levels)
+    measure_exposure_bias.draw(report, tmp_path / "exact.png")
 
 
-def test_without_own_steps_own_is_ideal(example, batch):
+def test_without_own_steps_own_is_ideal(batch):
     model = Model(lambda state, sigma, is_caption: torch.sin(3 * state) + sigma)
-    ideal, start, own, growth = example.measure_batch(model, batch, GRID, [0, 5], [0], 4.5)
+    ideal, start, own, growth = measure_batch(model, batch, GRID, [0, 5], [0], 4.5)
     assert ideal.min() > 0.01 and torch.equal(own, ideal) and torch.equal(start, ideal)
     assert torch.equal(growth, torch.ones_like(growth))
 
 
 @pytest.mark.parametrize("guidance_scale", [1, 4.5])
-def test_a_constant_bias_has_the_error_of_the_formula(guidance_scale, example, batch):
+def test_a_constant_bias_has_the_error_of_the_formula(guidance_scale, batch):
     """
     With the velocity off by b, and b_uncond under the empty caption, k guided steps from sigma_start leave the state
     off by `b_cfg * (sigma - sigma_start)`, and the predicted latents by that minus `sigma * b`.
     """
     b, b_uncond = 0.2, 0.15
     model = Model(lambda state, sigma, is_caption: batch["noise"] - batch["latents"] + (b if is_caption else b_uncond))
-    ideal, start, own, growth = example.measure_batch(model, batch, GRID, POINTS, OWN_STEPS, guidance_scale)
+    ideal, start, own, growth = measure_batch(model, batch, GRID, POINTS, OWN_STEPS, guidance_scale)
     b_cfg = b_uncond + guidance_scale * (b - b_uncond)
     for i, point in enumerate(POINTS):
         for j, k in enumerate(OWN_STEPS):
@@ -110,20 +105,20 @@ def test_a_constant_bias_has_the_error_of_the_formula(guidance_scale, example, b
     assert len(model.calls) == sum(1 + sum(1 + k * (1 + (guidance_scale != 1)) for k in OWN_STEPS) for _ in POINTS)
 
 
-def test_every_step_is_conditioned_on_its_own_level(example, batch):
+def test_every_step_is_conditioned_on_its_own_level(batch):
     """A bias that depends on sigma: the state's offset is the sum over the steps' levels."""
     model = Model(lambda state, sigma, is_caption: batch["noise"] - batch["latents"] + sigma**2)
-    _, _, own, _ = example.measure_batch(model, batch, GRID, POINTS, OWN_STEPS, 3.0)
+    _, _, own, _ = measure_batch(model, batch, GRID, POINTS, OWN_STEPS, 3.0)
     for i, point in enumerate(POINTS):
         for j, k in enumerate(OWN_STEPS):
             offset = sum(GRID[step] ** 2 * (GRID[step + 1] - GRID[step]) for step in range(point - k, point))
             assert own[i, j, 0].item() == pytest.approx((offset - GRID[point] ** 3).item() ** 2, rel=1e-4)
 
 
-def test_own_states_are_those_of_the_sampler(example, batch, pipeline):
+def test_own_states_are_those_of_the_sampler(batch, pipeline):
     """The same with diffusers' scheduler and pipeline arithmetic, and SOAR's correction loss for the error."""
     transformer = SD3Transformer2DModel.from_pretrained(pipeline, subfolder="transformer")
-    own, growth = example.measure_batch(transformer, batch, GRID, [7], [3], 4.5)[2:, 0, 0]
+    own, growth = measure_batch(transformer, batch, GRID, [7], [3], 4.5)[2:, 0, 0]
     scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(pipeline, subfolder="scheduler")
     scheduler.set_timesteps(sigmas=[1 - i / 10 for i in range(10)])
     torch.testing.assert_close(scheduler.sigmas[:-1], GRID)
@@ -146,7 +141,7 @@ def test_own_states_are_those_of_the_sampler(example, batch, pipeline):
     torch.testing.assert_close(growth, expected.double(), rtol=1e-5, atol=0)
 
 
-def test_a_perfect_model_has_a_ratio_above_one(example):
+def test_a_perfect_model_has_a_ratio_above_one():
     """
     Of latents that are unit noise the best prediction is known, and its error `sigma^2 / (sigma^2 + (1 - sigma)^2)`.
     Its own steps do not go below the error of the state that they started from: the ratio is no fault of the model.
@@ -155,7 +150,7 @@ def test_a_perfect_model_has_a_ratio_above_one(example):
     batch = {name: torch.randn(4, 16, 64, 64, generator=generator) for name in ("latents", "noise")}
     batch |= {"prompt_embeds": torch.ones(4, 1, 1), "pooled_prompt_embeds": torch.ones(4, 1)}
     model = Model(lambda state, sigma, is_caption: (2 * sigma - 1) / (sigma**2 + (1 - sigma) ** 2) * state)
-    ideal, start, own, growth = example.measure_batch(model, batch, GRID, POINTS, OWN_STEPS, 1.0)
+    ideal, start, own, growth = measure_batch(model, batch, GRID, POINTS, OWN_STEPS, 1.0)
     least = GRID**2 / (GRID**2 + (1 - GRID) ** 2)
     for i, point in enumerate(POINTS):
         assert ideal[i].mean().item() == pytest.approx(least[point].item(), rel=0.01)
@@ -165,13 +160,13 @@ def test_a_perfect_model_has_a_ratio_above_one(example):
     assert (own[-1, 1] > 10 * ideal[-1, 1]).all()
 
 
-def test_summary_is_paired(example):
+def test_summary_is_paired():
     """A model whose own errors are nine tenths of the first's has that change exactly, however the images differ."""
     generator = torch.Generator().manual_seed(0)
     base = torch.rand(4, 3, 2, 20, generator=generator, dtype=torch.float64) + 0.1
     better = base.clone()
     better[2] *= 0.9
-    summary, levels = example.summarise([0.9, 0.5, 0.1], [1, 4], {"base": base, "better": better})
+    summary, levels = summarise([0.9, 0.5, 0.1], [1, 4], {"base": base, "better": better})
     assert [(r["model"], r["num_own_steps"]) for r in summary] == [(m, k) for m in ("base", "better") for k in (1, 4)]
     assert len(levels) == 2 * 2 * 3
     gaps = (base[2] / base[0]).log()[:, 1].mean(dim=0)
@@ -193,7 +188,7 @@ def test_summary_is_paired(example):
         assert gap == pytest.approx(sum(map(math.log, ratios)) / 3)  # the gap is that of the table's ratios
 
 
-def test_interval_covers_95_of_100(example):
+def test_interval_covers_95_of_100():
     """Over many repetitions with 40 images, where the true change is known."""
     generator = torch.Generator().manual_seed(0)
     covered = 0
@@ -201,7 +196,7 @@ def test_interval_covers_95_of_100(example):
         base = torch.ones(4, 1, 1, 40, dtype=torch.float64)
         other = base.clone()
         other[2] = (0.3 * torch.randn(40, generator=generator, dtype=torch.float64) - 0.1).exp()
-        low, high = example.summarise([0.5], [1], {"base": base, "other": other})[0][1]["gap_change_interval"]
+        low, high = summarise([0.5], [1], {"base": base, "other": other})[0][1]["gap_change_interval"]
         covered += low < -0.1 < high
     assert 0.92 < covered / 400 < 0.97
 
@@ -225,13 +220,13 @@ def command(pipeline, small_photos, tmp_path):
 
 
 @pytest.fixture
-def measure(example, command, tmp_path, monkeypatch):
+def measure(command, tmp_path, monkeypatch):
     """Measure in this process, without the picture, and return the report."""
-    monkeypatch.setattr(example, "draw", lambda report, path: None)  # a second each time
+    monkeypatch.setattr(measure_exposure_bias, "draw", lambda report, path: None)  # a second each time
 
     def run_example(*arguments, models=None):
         AcceleratorState._reset_state(reset_partial_state=True)
-        example.main(example.parse_args(command(*arguments, models=models)))
+        measure_exposure_bias.main(measure_exposure_bias.parse_args(command(*arguments, models=models)))
         return json.loads((tmp_path / "bias" / "exposure_bias.json").read_text())
 
     return run_example
@@ -292,12 +287,9 @@ def test_untrained_lora_is_the_base(run, measure, pipeline, tmp_path):
 
 
 @pytest.mark.parametrize("kind", [[], ["--use_dora"]])
-def test_lora_is_what_the_pipeline_makes_of_it(kind, run, example, batch, pipeline):
+def test_lora_is_what_the_pipeline_makes_of_it(kind, run, batch, pipeline):
     """With its alpha, and without its dropout."""
     lora = run("train_sd3_soar_lora", "--rank", 4, "--lora_alpha", 9, "--lora_dropout", 0.5, *kind)
-    args = example.parse_args(
-        ["--pretrained_model_name_or_path", str(pipeline), "--train_data_dir", str(ROOT), "--models", f"a={lora}"]
-    )
     whole = StableDiffusion3Pipeline.from_pretrained(pipeline)
     whole.load_lora_weights(lora)
     whole.transformer.eval()
@@ -306,7 +298,7 @@ def test_lora_is_what_the_pipeline_makes_of_it(kind, run, example, batch, pipeli
     with torch.no_grad():
         ours, theirs, without = (
             transformer(*inputs, return_dict=False)[0]
-            for transformer in (example.load_transformer(args, lora, True, torch.float32), whole.transformer, base)
+            for transformer in (load_trained(pipeline, **find_trained(lora)).transformer, whole.transformer, base)
         )
     torch.testing.assert_close(ours, theirs)
     assert (ours - without).abs().max() > 1e-4
@@ -349,18 +341,18 @@ def test_bf16_is_close_to_float32(measure):
             assert rounded[key] == pytest.approx(record[key], rel=0.05)
 
 
-def test_samples_are_encoded_in_batches_of_one_size(example, command, small_photos, tmp_path):
+def test_samples_are_encoded_in_batches_of_one_size(command, small_photos, tmp_path):
     """Latents and noise in float32 whatever the models compute in; noise of its own for every sample."""
     records = [
         {"md5": name, "caption_en": text, "bw": 32 + 16 * (i % 2)} for i, (name, text) in enumerate(PHOTOS.items())
     ]
     (tmp_path / "sizes.jsonl").write_text("\n".join(json.dumps(record | {"bh": 32}) for record in records))
     source = ["--jsonl_path", tmp_path / "sizes.jsonl", "--image_dir", small_photos]
-    args = example.parse_args(command(*source, "--batch_size", 3))
+    args = measure_exposure_bias.parse_args(command(*source, "--batch_size", 3))
     PartialState()  # the script's log asks for it
     model, rows = train_sd3_soar.check_model(args), train_sd3_soar.load_images(args)
     images = train_sd3_soar.TrainingImages(args, rows, train_sd3_soar.inspect_images(args, model, rows), {})
-    batches = example.encode_samples(args, model, images, torch.bfloat16, torch.device("cpu"))
+    batches = measure_exposure_bias.encode_samples(args, model, images, torch.bfloat16, torch.device("cpu"))
     shapes = [tuple(batch["latents"].shape) for batch in batches]
     assert [(shape[0], shape[-1]) for shape in shapes] == [(3, 4), (1, 4), (3, 6), (1, 6)]
     assert shapes == [tuple(batch["noise"].shape) for batch in batches]
@@ -372,28 +364,28 @@ def test_samples_are_encoded_in_batches_of_one_size(example, command, small_phot
     assert (torch.corrcoef(noise) - torch.eye(8)).abs().max() < 0.4  # of 256 numbers each
 
 
-def test_images_are_drawn_by_the_seed(example, command, monkeypatch):
+def test_images_are_drawn_by_the_seed(command, monkeypatch):
     class Seen(Exception):
         pass
 
     def see(args, model, images, dtype, device):
         raise Seen(tuple(item["name"] for item in images.inspected))
 
-    monkeypatch.setattr(example, "encode_samples", see)
+    monkeypatch.setattr(measure_exposure_bias, "encode_samples", see)
     found = []
     for seed in (0, 1, 2, 0):
         with pytest.raises(Seen) as seen:
-            example.main(example.parse_args(command("--num_samples", 3, "--seed", seed)))
+            measure_exposure_bias.main(measure_exposure_bias.parse_args(command("--num_samples", 3, "--seed", seed)))
         found.append(seen.value.args[0])
     assert found[0] == found[3] and len(set(found)) > 1
     assert all(len(set(names)) == 3 for names in found)
 
 
-def test_command_in_the_docstring_is_understood(example, tmp_path, monkeypatch):
+def test_command_in_the_docstring_is_understood(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "held_out_images").mkdir()
-    (arguments,) = re.findall(r"measure_exposure_bias.py (--.*)", example.__doc__.replace("\\\n", " "))
-    args = example.parse_args(shlex.split(arguments))
+    (arguments,) = re.findall(r"measure_exposure_bias.py (--.*)", measure_exposure_bias.__doc__.replace("\\\n", " "))
+    args = measure_exposure_bias.parse_args(shlex.split(arguments))
     assert [item.partition("=")[0] for item in args.models] == ["base", "SFT", "SOAR", "SOAR-LoRA"]
 
 
@@ -437,9 +429,7 @@ def test_three_formats_are_one_data_set(measure, small_photos, tmp_path):
         (["--output_dir", "ONE.jsonl"], "--output_dir cannot be written"),
     ],
 )
-def test_mistake_gives_one_line(
-    arguments, message, example, command, pipeline, small_photos, tmp_path, monkeypatch, capsys
-):
+def test_mistake_gives_one_line(arguments, message, command, pipeline, small_photos, tmp_path, monkeypatch, capsys):
     """That names it, before any weights load."""
     places = {"PIPELINE": pipeline, "PHOTOS": small_photos, "EMPTY": tmp_path / "empty", "OTHER": tmp_path / "other"}
     places |= {name: tmp_path / name for name in ("ONE.jsonl", "NONE.jsonl")}
@@ -456,16 +446,18 @@ def test_mistake_gives_one_line(
     for part in (AutoencoderKL, SD3Transformer2DModel, StableDiffusion3Pipeline):
         monkeypatch.setattr(part, "from_pretrained", lambda *_, **__: pytest.fail("weights were loaded"))
     with pytest.raises(SystemExit) as exit:
-        example.main(example.parse_args(command(*map(fill, arguments))))
+        measure_exposure_bias.main(measure_exposure_bias.parse_args(command(*map(fill, arguments))))
     shown = capsys.readouterr().err.splitlines()[-1] if exit.value.code == 2 else exit.value.code
     assert fill(message) in shown and "\n" not in shown and len(shown) < 1000
 
 
 def test_damaged_lora_gives_one_line(measure, pipeline, tmp_path):
-    for content, message in (({"other.weight": torch.zeros(2)}, "holds nothing for the transformer"), (None, "")):
+    of_another = {f"unet.to_q.lora_{part}.weight": torch.zeros(2, 2) for part in "AB"}
+    cases = {"Invalid LoRA checkpoint": {"other.weight": torch.zeros(2)}, "holds nothing for": of_another, "": None}
+    for message, content in cases.items():
         save_file(content or {}, tmp_path / "pytorch_lora_weights.safetensors")
         if content is None:
             (tmp_path / "pytorch_lora_weights.safetensors").write_bytes(b"no weights")
-        with pytest.raises(SystemExit, match=f"error: --models: {tmp_path} cannot be loaded: .*{message}"):
+        with pytest.raises(SystemExit, match=f"error: --models LoRA cannot be loaded: .*{message}"):
             measure(models={"LoRA": tmp_path})
     assert not (tmp_path / "bias" / "exposure_bias.json").exists()

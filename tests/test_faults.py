@@ -1,7 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a run does when it is told to stop, runs out of disk, meets bad numbers, or loses a process."""
 
+import importlib
+import itertools
 import json
+import math
 import os
 import random
 import resource
@@ -16,10 +19,11 @@ from pathlib import Path
 import datasets
 import pytest
 import torch
-from accelerate import PartialState
-from conftest import ROOT, SCRIPTS, equal
-from harness import finish, start, start_two
+from accelerate import Accelerator, PartialState
+from diffusers import SD3Transformer2DModel
+from harness import PHOTOS, ROOT, SCRIPTS, equal, finish, start, start_two
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 import train_sd3_soar
 
@@ -118,11 +122,11 @@ def test_a_full_disk_leaves_the_older_checkpoint_whole(arguments, run, tmp_path)
     def setup():
         save, signal_ = train_sd3_soar.save_checkpoint, signal.signal
 
-        def limited(args, accelerator, ema, state):
-            if state["step"] == 4:
+        def limited(accelerator, ema, trainer_state, *rest):
+            if trainer_state["step"] == 4:
                 signal_(signal.SIGXFSZ, signal.SIG_IGN)
                 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
-            save(args, accelerator, ema, state)
+            save(accelerator, ema, trainer_state, *rest)
 
         train_sd3_soar.save_checkpoint = limited
 
@@ -154,15 +158,11 @@ def test_latest_starts_from_the_beginning_where_there_is_none(run, caplog):
 
 # What a checkpoint is compared on
 
-CHANGES = [
-    (["--seed", 1], "--seed was 0 there and is 1 now"),
-    (["--learning_rate", 1e-4], "--learning_rate was 0.001 there and is 0.0001 now"),
-    (["--train_batch_size", 4], "--train_batch_size was 2 there and is 4 now"),
+CHANGES = [  # that each flag is compared, `test_flags.py` shows
+    (["--seed", 1], "checkpoint-1 is of another run: --seed was 0 there and is 1 now"),
+    (["--lambda_aux", 0.5], "--lambda_aux was 1.0 there and is 0.5 now"),
     (["--gradient_accumulation_steps", 2], "global_batch_size was 2 there and is 4 now"),
     (["--max_train_samples", 6], "data was"),
-    (["--lr_scheduler", "linear"], "--lr_scheduler was constant there and is linear now"),
-    (["--lambda_aux", 0.5], "--lambda_aux was 1.0 there and is 0.5 now"),
-    (["--resolution", 48], "--resolution was 32 there and is 48 now"),
 ]
 
 
@@ -186,6 +186,11 @@ def test_a_change_of_the_result_is_refused(change, message, begun, run):
     assert {path: path.stat().st_mtime_ns for path in begun.rglob("*") if path in before} == before
 
 
+def test_a_checkpoint_of_another_script_is_refused(begun, run):
+    with pytest.raises(SystemExit, match="checkpoint-1: written by train_sd3_soar.py, not by train_sd3_soar_lora.py"):
+        run("train_sd3_soar_lora", "--output_dir", begun, "--resume_from_checkpoint", "latest")
+
+
 def test_the_end_of_a_schedule_may_not_move(run, tmp_path):
     arguments = ("train_sd3_soar", "--lr_scheduler", "linear", "--checkpointing_steps", 1)
     out = run(*arguments, "--max_train_steps", 1)
@@ -193,60 +198,84 @@ def test_the_end_of_a_schedule_may_not_move(run, tmp_path):
         run(*arguments, "--max_train_steps", 3, "--output_dir", out, "--resume_from_checkpoint", "latest")
 
 
-def test_another_run_is_not_overwritten(run):
-    out = run("train_sd3_soar", "--max_train_steps", 1, "--checkpointing_steps", 1)
-    before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
-    with pytest.raises(SystemExit, match="holds another run .*--overwrite_output_dir"):
-        run("train_sd3_soar", "--output_dir", out)
-    assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
-    overwrite = ("train_sd3_soar", "--output_dir", out, "--overwrite_output_dir")
-    with pytest.raises(SystemExit, match="fewer than one global batch"):
-        run(*overwrite, "--train_batch_size", 9)
-    assert {path: path.stat().st_mtime_ns for path in out.rglob("*") if path in before} == before  # not yet
-    run(*overwrite)
-    assert not (out / "checkpoint-1").exists() and (out / "transformer").exists()
-
-
 # Numbers
 
 
-def poison(monkeypatch, steps):
-    """Make the loss of the given optimizer steps not a number."""
-    original, count = train_sd3_soar.training_losses, [0]
+@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_loss_that_is_not_finite(what, script, run, monkeypatch, tmp_path):
+    """
+    The run ends with the step, the files of the batch and the last checkpoint, which stays as it was: the run goes on
+    from there as if nothing had been.
+    """
+    arguments = ("--checkpointing_steps", 2, "--max_train_steps", 4)
+    whole = run(script, *arguments, "--output_dir", tmp_path / "whole")
+    module = importlib.import_module(script)
+    forward, prepare_batch, batches = SD3Transformer2DModel.forward, module.prepare_batch, []
 
-    def poisoned(*arguments):
-        count[0] += 1
-        for loss, values in original(*arguments):
-            yield (loss * float("nan") if count[0] in steps else loss), values
+    def counted(batch, *rest):
+        batches.append(batch["name"])
+        return prepare_batch(batch, *rest)
 
-    monkeypatch.setattr(train_sd3_soar, "training_losses", poisoned)
+    def diverging(self, *inputs, **more):
+        (output,) = forward(self, *inputs, **more)
+        if len(batches) == 3 and what == "loss":
+            output = output * math.nan
+        if len(batches) == 3 and what == "gradient" and output.requires_grad:
+            output.register_hook(lambda gradient: gradient * math.inf)
+        return (output,)
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as exit:
+        patch.setattr(module, "prepare_batch", counted)
+        patch.setattr(SD3Transformer2DModel, "forward", diverging)
+        run(script, *arguments)
+    message, out = exit.value.code, tmp_path / "out"
+    assert "step 3" in message and "not finite" in message and str(out / "checkpoint-2") in message
+    assert all(name in message for name in batches[2]) and len(batches[2]) == 2
+    assert {path.name.split(".")[0] for path in map(Path, batches[2])} <= PHOTOS.keys()
+    assert equal(out / "checkpoint-2", whole / "checkpoint-2")
+    assert {path.name for path in out.iterdir()} == {"cache", "checkpoint-2"}
+    assert equal(run(script, *arguments, "--resume_from_checkpoint", "latest"), whole)
 
 
-def test_a_loss_that_is_not_finite_stops_before_the_step(run, monkeypatch, tmp_path):
-    arguments = ("train_sd3_soar", "--checkpointing_steps", 1, "--max_train_steps", 4)
-    whole = run(*arguments, "--output_dir", tmp_path / "whole", "--resume_from_checkpoint", "latest")
-    poison(monkeypatch, {3})
-    with pytest.raises(SystemExit, match="step 3: not finite") as error:
-        run(*arguments, "--resume_from_checkpoint", "latest")
-    out = tmp_path / "out"
-    assert f"Last checkpoint: {out / 'checkpoint-2'}" in str(error.value)
-    assert str(error.value).count(".png") == 2  # the samples of the step
-    assert not (out / "transformer").exists()
-    monkeypatch.undo()
-    run(*arguments, "--resume_from_checkpoint", "latest")
-    assert equal(whole, out)
+def test_cached_latent_that_is_not_finite(run, tmp_path, photos):
+    """The image is among the named ones."""
+    out = run("train_sd3_sft", "--cache_latents", "--center_crop")
+    for file in (out / "cache" / "latents").rglob("*.safetensors"):
+        save_file({"moments": load_file(file)["moments"] * math.nan}, file)
+    with pytest.raises(SystemExit, match=r"step 1: .*not finite.*Last checkpoint: none") as exit:
+        run("train_sd3_sft", "--cache_latents", "--center_crop", "--overwrite_output_dir")
+    assert sum(str(photos / f"{name}.png") in exit.value.code for name in PHOTOS) == 2
 
 
 def test_steps_that_are_not_finite_may_be_skipped(run, monkeypatch, tmp_path, caplog):
-    poison(monkeypatch, {1, 2, 4})
-    arguments = ("train_sd3_soar", "--max_train_steps", 4, "--checkpointing_steps", 1)
-    out = run(*arguments, "--max_skipped_steps", 2)
+    """Up to --max_skipped_steps of them in a row: they change nothing and are logged, one more ends the run."""
+    logged = []
+    monkeypatch.setattr(Accelerator, "log", lambda self, logs, step: logged.append(logs))
+    arguments = ("train_sd3_soar", "--checkpointing_steps", 1, "--adam_weight_decay", 0)
+
+    def run_with(bad, steps, allowed, folder):
+        """Make the loss of the optimizer steps `bad` not a number."""
+        original, count = train_sd3_soar.training_losses, itertools.count(1)
+
+        def poisoned(*inputs):
+            factor = math.nan if next(count) in bad else 1
+            for loss, shares in original(*inputs):
+                yield loss * factor, shares
+
+        with monkeypatch.context() as patch:
+            patch.setattr(train_sd3_soar, "training_losses", poisoned)
+            flags = ("--max_train_steps", steps, "--max_skipped_steps", allowed, "--output_dir", tmp_path / folder)
+            return run(*arguments, *flags)
+
+    out = run_with({1, 2, 4}, 4, 2, "two")
     assert caplog.text.count("Skipped step") == 3
+    assert [logs["skipped_steps"] for logs in logged] == [1, 2, 0, 1]
     assert equal(out / "checkpoint-3", out / "checkpoint-4") and not equal(out / "checkpoint-2", out / "checkpoint-3")
-    monkeypatch.undo()
-    poison(monkeypatch, {1, 2, 3})
     with pytest.raises(SystemExit, match="step 3: not finite"):
-        run(*arguments, "--max_skipped_steps", 2, "--output_dir", tmp_path / "three")
+        run_with({1, 2, 3}, 4, 2, "three")
+    with pytest.raises(SystemExit, match="step 1: not finite"):
+        run_with({1}, 4, 0, "none")
 
 
 # Processes

@@ -13,12 +13,11 @@ import huggingface_hub
 import numpy as np
 import pytest
 import torch
-from accelerate import Accelerator
-from conftest import ROOT, SCRIPTS, equal, weights
+from accelerate import Accelerator, PartialState
 from diffusers import AutoencoderKL, SD3Transformer2DModel, StableDiffusion3Pipeline
 from diffusers.models.attention import JointTransformerBlock
 from diffusers.training_utils import EMAModel
-from harness import finish, start_two
+from harness import ROOT, SCRIPTS, equal, finish, start_two, weights
 from huggingface_hub.utils import filter_repo_objects
 from PIL import Image
 from safetensors import safe_open
@@ -54,14 +53,21 @@ ELSEWHERE = {
     "--aspect_ratio_buckets": "test_data.test_aspect_ratio_buckets",
     "--cache_dir": "test_data.test_caches_are_keyed_by_content",
     "--overwrite_output_dir": "test_bad_input.test_another_run_is_not_written_over",
+    "--max_skipped_steps": "test_faults.test_steps_that_are_not_finite_may_be_skipped",
 }
+
+
+def flags_of(script, monkeypatch):
+    module, parsers = importlib.import_module(script), []
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "check_args", lambda parser, args: parsers.append(parser))
+        module.parse_args(["--pretrained_model_name_or_path", "x"])
+    return {action.option_strings[0] for action in parsers[0]._actions} - {"-h"}
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_every_flag_has_a_test(script, monkeypatch):
-    module = importlib.import_module(script)
-    monkeypatch.setattr(module, "check_args", lambda parser, input_args: parser)
-    flags = {action.option_strings[0] for action in module.parse_args([])._actions} - {"-h"}
+    flags = flags_of(script, monkeypatch)
     assert len(flags) > 60
     assert not flags - COVERED - ELSEWHERE.keys()
     assert not ELSEWHERE.keys() - flags and not ELSEWHERE.keys() & COVERED
@@ -70,6 +76,47 @@ def test_every_flag_has_a_test(script, monkeypatch):
         source = (ROOT / "tests" / f"{file}.py").read_text()
         (test,) = (node for node in ast.parse(source).body if getattr(node, "name", "") == name)
         assert flag in ast.unparse(test)
+
+
+# Flags that change what is trained, by themselves: a resumed run must have them as they were.
+FIXED_ON_RESUME = """
+    adam_beta1 adam_beta2 adam_epsilon adam_weight_decay allow_tf32 aspect_ratio_buckets bnb_quantization_config_path
+    cache_latents center_crop cfg_scale_sampling cond_dropout_rate ema_decay full_bf16 lambda_aux learning_rate
+    logit_mean logit_std lora_alpha lora_blocks lora_dropout lora_layers lr_num_cycles lr_power lr_scheduler
+    lr_step_rules lr_warmup_steps max_grad_norm max_sequence_length mixed_precision mode_scale no_text_encoder_3
+    num_rollout_paths num_sampling_steps optimizer pretrained_model_name_or_path prodigy_beta3 prodigy_decouple
+    prodigy_safeguard_warmup prodigy_use_bias_correction random_flip rank resolution revision sde_noise_scale
+    sde_rollout_type seed sigma_upper_ratio train_batch_size trajectory_length use_8bit_adam use_aspect_ratio_buckets
+    use_dora use_ema variant weighting_scheme
+""".split()
+
+
+def test_every_flag_is_free_or_fixed_on_resume(monkeypatch):
+    """And no other names are in the lists."""
+    flags = {flag.strip("-") for script in SCRIPTS for flag in flags_of(script, monkeypatch)}
+    for script in SCRIPTS:
+        free = importlib.import_module(script).FREE_ON_RESUME
+        assert flags == {*free} | {*FIXED_ON_RESUME} and not {*free} & {*FIXED_ON_RESUME}
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_only_free_flags_may_differ_on_resume(script, monkeypatch):
+    """Each by itself, also against a checkpoint of before the flag was there; the message has both values."""
+    module = importlib.import_module(script)
+    names = {flag.strip("-") for flag in flags_of(script, monkeypatch)} - {"hub_token"}
+    values = dict.fromkeys(names, 1) | {"lr_scheduler": "constant"}
+    before = {"arguments": values, "global_batch_size": 4, "data": "0", "versions": {}}
+    PartialState()
+    for name in names:
+        changed = {"arguments": values | {name: "constant_with_warmup"}}
+        absent = {"arguments": {key: value for key, value in values.items() if key != name}}
+        for saved, now in ((before, before | changed), (before | absent, before)):
+            if name in module.FREE_ON_RESUME:
+                module.check_resume("there", saved, now)
+                continue
+            was = saved["arguments"].get(name)
+            with pytest.raises(SystemExit, match=f"--{name} was {was} there and is {now['arguments'][name]} now"):
+                module.check_resume("there", saved, now)
 
 
 @pytest.fixture(scope="module")
@@ -291,7 +338,7 @@ def test_allow_tf32(run):
 @covers("--mixed_precision")
 def test_mixed_precision(script, run, forwards, monkeypatch):
     """The model computes in bf16; latents, targets and the trained weights stay float32."""
-    encoders = seen(monkeypatch, importlib.import_module(script), "load_encoders")
+    encoders = seen(monkeypatch, importlib.import_module(script), "load_text_encoders")
     out = run(script, "--mixed_precision", "bf16")
     assert {call["hidden_states"].dtype for call in forwards} == {torch.float32}
     assert {tensor.dtype for tensor in weights(out).values()} == {torch.float32}
@@ -342,7 +389,7 @@ def test_revision(run, pipeline, tmp_path, monkeypatch):
 @covers("--no_text_encoder_3", "--max_sequence_length")
 def test_text_of_the_transformer(run, forwards, monkeypatch):
     """77 CLIP tokens and --max_sequence_length of T5; zeros in the place of T5 without it, which is not loaded."""
-    encoders = seen(monkeypatch, importlib.import_module(SFT), "load_encoders")
+    encoders = seen(monkeypatch, importlib.import_module(SFT), "load_text_encoders")
     run(SFT, "--max_train_steps", 1, "--max_sequence_length", 24)
     assert forwards[0]["encoder_hidden_states"].shape[1] == 77 + 24
     assert forwards[0]["encoder_hidden_states"][:, 77:].abs().max() > 0
@@ -449,25 +496,11 @@ def test_default_output_dir(script, run, tmp_path, monkeypatch):
     assert args.output_dir == script.removeprefix("train_").replace("_", "-")
 
 
-def without(monkeypatch, script, *flags):
-    """Leave out flags that the test helper adds."""
-    module = importlib.import_module(script)
-    parse_args = module.parse_args
-
-    def parse(arguments):
-        places = [i + j for i, word in enumerate(arguments) if word in flags for j in (0, 1)]
-        return parse_args([word for i, word in enumerate(arguments) if i not in places])
-
-    monkeypatch.setattr(module, "parse_args", parse)
-
-
 @covers("--seed")
-def test_seed_is_drawn_and_logged(run, monkeypatch, caplog, tmp_path):
+def test_seed_is_drawn_and_logged(run, caplog, tmp_path):
     """Another run each time without the flag, which can be repeated with the seed that was logged."""
     caplog.set_level(logging.INFO)
-    with monkeypatch.context() as patch:
-        without(patch, SFT, "--seed")
-        one, other = (run(SFT, "--output_dir", tmp_path / name) for name in ("one", "other"))
+    one, other = (run(SFT, "--output_dir", tmp_path / name, omit=["--seed"]) for name in ("one", "other"))
     assert not equal(one, other)
     seed = json.loads((one / "training_args.json").read_text())["seed"]
     assert f"Seed {seed}" in caplog.text
@@ -488,14 +521,12 @@ def test_accumulation_is_a_larger_batch(script, run, forwards, tmp_path):
 
 
 @covers("--num_train_epochs", "--max_train_steps")
-def test_length_of_the_run(run, monkeypatch, logged, tmp_path):
+def test_length_of_the_run(run, logged, tmp_path):
     """Eight photographs in batches of two: four steps an epoch; --max_train_steps counts where it is given."""
-    with monkeypatch.context() as patch:
-        without(patch, SFT, "--max_train_steps")
-        for epochs in (1, 2):
-            logged.clear()
-            run(SFT, "--num_train_epochs", epochs, "--output_dir", tmp_path / str(epochs))
-            assert [logs["step"] for logs in logged] == list(range(1, 4 * epochs + 1))
+    for epochs in (1, 2):
+        logged.clear()
+        run(SFT, "--num_train_epochs", epochs, "--output_dir", tmp_path / str(epochs), omit=["--max_train_steps"])
+        assert [logs["step"] for logs in logged] == list(range(1, 4 * epochs + 1))
     logged.clear()
     run(SFT, "--num_train_epochs", 2, "--max_train_steps", 3)
     assert len(logged) == 3
@@ -594,31 +625,6 @@ def test_max_grad_norm(run, logged, pipeline, tmp_path):
         trained = weights(folder)
         changes.append(math.sqrt(sum((trained[n].double() - base[n].double()).square().sum() for n in base)))
     assert changes[1] / changes[0] == pytest.approx(0.01 / norm, rel=0.1)
-
-
-@covers("--max_skipped_steps")
-def test_max_skipped_steps(run, logged, monkeypatch, caplog):
-    """A step that is not finite changes nothing and is logged; more of them in a row than allowed end the run."""
-    module = importlib.import_module(SFT)
-    losses, bad = module.training_losses, []
-
-    def poisoned(args, *rest):
-        bad.append(len(bad) in (1, 3, 4))
-        for loss, values in losses(args, *rest):
-            yield (loss * math.nan if bad[-1] else loss), values
-
-    monkeypatch.setattr(module, "training_losses", poisoned)
-    arguments = (SFT, "--max_train_steps", 3, "--checkpointing_steps", 1, "--adam_weight_decay", 0)
-    out = run(*arguments, "--max_skipped_steps", 1)
-    assert equal(out / "checkpoint-1", out / "checkpoint-2") and not equal(out / "checkpoint-2", out / "checkpoint-3")
-    assert [logs["skipped_steps"] for logs in logged] == [0, 1, 0]
-    assert "Skipped step 2" in caplog.text
-    bad.clear()
-    with pytest.raises(SystemExit, match="step 5: not finite"):
-        run(*arguments, "--max_skipped_steps", 1, "--max_train_steps", 6, "--overwrite_output_dir")
-    bad.clear()
-    with pytest.raises(SystemExit, match="step 2: not finite"):
-        run(*arguments, "--overwrite_output_dir")
 
 
 def noise_levels(forwards):

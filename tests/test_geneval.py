@@ -2,15 +2,15 @@
 """GenEval: its rules, on detections made by hand and from its metadata; its detector and colour classifier, tiny."""
 
 import copy
-import importlib
 import json
-import sys
 from types import SimpleNamespace
 
+import geneval
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from harness import ROOT
+from make_tiny_sd3 import make_clip_tokenizer
 from PIL import Image
 from transformers import (
     CLIPConfig,
@@ -58,18 +58,6 @@ COCO = {"computer mouse": "mouse", "tv remote": "remote", "computer keyboard": "
 SHIFTS = {"left of": (-60, 0), "right of": (60, 0), "above": (0, -60), "below": (0, 60)}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def path():
-    sys.path[:0] = [str(ROOT / "examples" / "evaluation"), str(ROOT / "examples")]
-    yield
-    del sys.path[:2]
-
-
-@pytest.fixture(scope="module")
-def geneval(path):
-    return importlib.import_module("geneval")
-
-
 def thing(x=100, y=100, confidence=0.95, color=None, size=10):
     """A detected square; no rule looks at the mask, so that its place can tell the colour."""
     return [x - size / 2, y - size / 2, x + size / 2, y + size / 2], confidence, color
@@ -92,54 +80,54 @@ def perfect(row):
     return detections
 
 
-def outcome(geneval, row, detections):
+def outcome(row, detections):
     geneval.GenEval.check([row])
     correct, strict, reason = geneval.judge(geneval.select(detections, row["tag"]), row, tell_colors)
     assert (reason == "") == strict and "\n" not in reason
     return correct, strict
 
 
-def check_row(geneval, row):
+def check_row(row):
     """What is just right scores 1; each single thing that is amiss scores 0; one object more is a strict 0."""
-    assert outcome(geneval, row, perfect(row)) == (True, True), row
+    assert outcome(row, perfect(row)) == (True, True), row
     for index, clause in enumerate(row["include"]):
         name, missing = clause["class"], perfect(row)
         missing[name].pop()
-        assert outcome(geneval, row, missing) == (False, False), row
+        assert outcome(row, missing) == (False, False), row
         unsure = perfect(row)
         unsure[name][-1] = (unsure[name][-1][0], 0.9 if row["tag"] == "counting" else 0.3, clause.get("color"))
-        assert outcome(geneval, row, unsure) == (False, False), row
+        assert outcome(row, unsure) == (False, False), row
         more = perfect(row)
         more[name].append(thing(0, 0, confidence=0.93))
-        assert outcome(geneval, row, more) == (row["tag"] != "counting", False), row
+        assert outcome(row, more) == (row["tag"] != "counting", False), row
         for other in geneval.COLORS if "color" in clause else []:
             changed = copy.deepcopy(row)
             changed["include"][index]["color"] = other
-            assert outcome(geneval, row, perfect(changed)) == (other == clause["color"],) * 2, row
+            assert outcome(row, perfect(changed)) == (other == clause["color"],) * 2, row
         for other in geneval.RELATIONS if "position" in clause else []:
             changed = copy.deepcopy(row)
             changed["include"][index]["position"][0] = other
-            assert outcome(geneval, row, perfect(changed)) == (other == clause["position"][0],) * 2, row
+            assert outcome(row, perfect(changed)) == (other == clause["position"][0],) * 2, row
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row["tag"])
-def test_rows(geneval, row):
-    check_row(geneval, row)
+def test_rows(row):
+    check_row(row)
 
 
-def test_all_of_geneval(geneval):
+def test_all_of_geneval():
     """Every prompt of the benchmark; and it has the 80 classes, no other."""
     if not METADATA.exists():
         pytest.skip(f"no {METADATA}, GenEval's evaluation_metadata.jsonl")
     rows = [json.loads(line) for line in METADATA.read_text().splitlines()]
     assert len(rows) == 553
     for row in rows:
-        check_row(geneval, row)
+        check_row(row)
     names = {clause["class"] for row in rows for clause in row["include"] + row.get("exclude", [])}
     assert names == set(geneval.CLASSES)
 
 
-def test_class_names(geneval):
+def test_class_names():
     """Names of COCO and of the hub's detector lead one to one to GenEval's."""
     assert len(geneval.CLASSES) == len(set(geneval.CLASSES)) == 80
     assert geneval.OTHER_NAMES == {other: name for name, other in (HUB | COCO).items()}
@@ -222,12 +210,12 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_judgement(geneval, case):
+def test_judgement(case):
     row, detections, expected, reason = CASES[case]
     assert geneval.judge(geneval.select(detections, row["tag"]), row, tell_colors) == (*expected, reason)
 
 
-def test_several_of_a_kind(geneval):
+def test_several_of_a_kind():
     """Clauses that the benchmark's prompts do not have: all objects of a group must fit, and in all pairs."""
     clauses = [{"class": "cat", "count": 2}, {"class": "dog", "count": 2, "color": "red", "position": ["below", 0]}]
     row = {"tag": "position", "include": clauses, "exclude": [{"class": "cow", "count": 1}]}
@@ -235,21 +223,21 @@ def test_several_of_a_kind(geneval):
         [thing(0, color="black"), thing(50, color="black")],
         [thing(10, 190, color="red"), thing(40, 190, color="red")],
     )
-    assert outcome(geneval, row, {"cat": cats, "dog": dogs}) == (True, True)
-    assert outcome(geneval, row, {"cat": cats, "dog": dogs, "cow": [thing()]}) == (False, False)
-    assert outcome(geneval, row, {"cat": cats, "dog": dogs, "cow": [thing(confidence=0.3)]}) == (True, True)
-    assert outcome(geneval, row, {"cat": cats, "dog": [dogs[0], thing(40, 190, color="blue")]}) == (False, False)
-    assert outcome(geneval, row, {"cat": cats, "dog": [dogs[0], thing(40, 10, color="red")]}) == (False, False)
-    assert outcome(geneval, row, {"cat": [cats[0], thing(50, 300, color="black")], "dog": dogs}) == (False, False)
+    assert outcome(row, {"cat": cats, "dog": dogs}) == (True, True)
+    assert outcome(row, {"cat": cats, "dog": dogs, "cow": [thing()]}) == (False, False)
+    assert outcome(row, {"cat": cats, "dog": dogs, "cow": [thing(confidence=0.3)]}) == (True, True)
+    assert outcome(row, {"cat": cats, "dog": [dogs[0], thing(40, 190, color="blue")]}) == (False, False)
+    assert outcome(row, {"cat": cats, "dog": [dogs[0], thing(40, 10, color="red")]}) == (False, False)
+    assert outcome(row, {"cat": [cats[0], thing(50, 300, color="black")], "dog": dogs}) == (False, False)
     apart = {"cat": [cats[0], thing(200, color="black")], "dog": [dogs[0], thing(200, 190, color="red")]}
-    assert outcome(geneval, row, apart) == (False, False)  # each dog is below one cat, and beside the other
+    assert outcome(row, apart) == (False, False)  # each dog is below one cat, and beside the other
     painted = copy.deepcopy(row)
     painted["include"][0]["color"] = "white"  # a target that fails its own clause
     correct, _, reason = geneval.judge({"cat": cats, "dog": dogs}, painted, tell_colors)
     assert not correct and reason.endswith("no target for dog to be below")
 
 
-def test_selection(geneval):
+def test_selection():
     detections = {
         "cat": [thing(i, confidence=0.31 + 0.03 * i) for i in range(20)],
         "dog": [thing(confidence=0.3)],
@@ -277,7 +265,7 @@ def test_selection(geneval):
         (-20, -9, 10, {"left of"}),
     ],
 )
-def test_relations(geneval, dx, dy, size, expected):
+def test_relations(dx, dy, size, expected):
     assert geneval.relations(thing(50 + dx, 50 + dy, size=size)[0], thing(50, 50, size=10)[0]) == expected
 
 
@@ -303,13 +291,13 @@ def test_relations(geneval, dx, dy, size, expected):
         ({"include": [{"class": "tv", "count": 1, "position": ["above", 0]}]}, "prompt 7: target 0 is none"),
     ],
 )
-def test_bad_records_are_refused(geneval, change, message):
+def test_bad_records_are_refused(change, message):
     with pytest.raises(ValueError) as error:
         geneval.check_record(SINGLE | {"prompt": "prompt 7"} | change)
     assert str(error.value).startswith(message)
 
 
-def test_task_means(geneval):
+def test_task_means():
     rows = [{"tag": "counting", "score": 1.0, "strict": 0.0}] * 3 + [{"tag": "counting", "score": 0.0, "strict": 0.0}]
     rows += [{"tag": "single_object", "score": 1.0, "strict": 1.0}]
     means = geneval.task_means(rows)
@@ -317,7 +305,7 @@ def test_task_means(geneval):
     assert geneval.task_means(rows, "strict") == {"single_object": 1, "counting": 0, "overall": 0.5}
 
 
-def test_crops(geneval):
+def test_crops():
     """The object keeps its pixels; the rest of its box is #999."""
     pixels = np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)
     mask = np.zeros((20, 30), bool)
@@ -332,7 +320,7 @@ def test_crops(geneval):
 @pytest.fixture(scope="module")
 def clip(tmp_path_factory):
     """Folder of a CLIP with random weights, large enough that crops get different colours."""
-    tokenizer = importlib.import_module("make_tiny_sd3").make_clip_tokenizer(77, pad_token="<|endoftext|>")
+    tokenizer = make_clip_tokenizer(77, pad_token="<|endoftext|>")
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
     ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     config = CLIPConfig(
@@ -351,7 +339,7 @@ def clip(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def detector(geneval, tmp_path_factory):
+def detector(tmp_path_factory):
     """Folder of a Mask2Former with random weights that is sure of what it sees."""
     backbone = SwinConfig(
         embed_dim=8, depths=[1] * 4, num_heads=[1] * 4, window_size=4, out_features=[f"stage{i}" for i in (1, 2, 3, 4)]
@@ -391,7 +379,7 @@ def resize_and_normalise(image, size, filter, mean, std):
     return torch.tensor(((pixels - mean) / std).transpose(2, 0, 1)).float()[None]
 
 
-def test_colors(geneval, clip):
+def test_colors(clip):
     """One text and one crop at a time, with PIL alone, come to the same colours; no torchvision is needed."""
     classifier = geneval.ColorClassifier(clip, "cpu")
     image = draw(300, 200)
@@ -427,7 +415,7 @@ def test_colors(geneval, clip):
     assert not torch.equal(classifier.texts["green square"], classifier.embed_colors("red star"))
 
 
-def test_confidence_is_that_of_transformers(geneval):
+def test_confidence_is_that_of_transformers():
     """At the one size that transformers' own post-processing works at, both find the same."""
     generator = torch.Generator().manual_seed(0)
     logits = 3 * torch.randn(20, 11, generator=generator)
@@ -452,7 +440,7 @@ def test_confidence_is_that_of_transformers(geneval):
         assert box == [columns[0], rows[0], columns[-1] + 1, rows[-1] + 1]
 
 
-def test_masks_are_scaled_to_the_image(geneval):
+def test_masks_are_scaled_to_the_image():
     """Of an image 60 high and 90 wide, the model sees 80 x 120 in 96 x 128, and its masks are a quarter of that."""
     class_logits = torch.full((4, 3), -9.0)
     class_logits[[0, 1, 2, 3], [0, 1, 1, 2]] = 9
@@ -474,7 +462,7 @@ def test_masks_are_scaled_to_the_image(geneval):
     assert len(geneval.find_instances(class_logits, masks, (96, 128), (80, 120), (60, 90))) == 1
 
 
-def test_at_most_100_candidates(geneval):
+def test_at_most_100_candidates():
     logits = torch.zeros(120, 4)
     logits[:, 1] = torch.linspace(2, 9, 120)
     found = geneval.find_instances(logits, torch.ones(120, 2, 2), (2, 2), (2, 2), (2, 2))
@@ -482,7 +470,7 @@ def test_at_most_100_candidates(geneval):
 
 
 @pytest.mark.parametrize(("size", "resized"), [((512, 512), (800, 800)), ((1344, 768), (1332, 762)), ((96, 64), None)])
-def test_the_detector_sees_the_image_at_800_pixels(geneval, detector, size, resized):
+def test_the_detector_sees_the_image_at_800_pixels(detector, size, resized):
     """Resized by PIL in its own shape, whatever size the detector's files name, and padded to multiples of 32."""
     detect = geneval.Detector(detector, "cpu")
     resized = resized or (1200, 800)
@@ -510,7 +498,7 @@ def test_the_detector_sees_the_image_at_800_pixels(geneval, detector, size, resi
     assert confidence == pytest.approx(torch.tensor(4.0).sigmoid().item(), abs=1e-4)
 
 
-def test_scores_images(geneval, detector, clip):
+def test_scores_images(detector, clip):
     """From files to rows, twice the same."""
     scorer = geneval.GenEval("cpu", detector=detector, clip=clip)
     images = [draw(), draw(64, 64, seed=1)]
@@ -536,7 +524,7 @@ def test_scores_images(geneval, detector, clip):
         scorer(images[:1], [{"tag": "colors", "include": [{"class": "unicorn", "count": 1}]}])
 
 
-def test_rows_report_what_counted(geneval):
+def test_rows_report_what_counted():
     """The least confident are not in the row, and the colours are asked of the right image."""
     scorer = geneval.GenEval.__new__(geneval.GenEval)
     scorer.detect = lambda image: {"clock": [thing(confidence=0.95123), thing(confidence=0.8)], "tv": [thing()]}
@@ -551,7 +539,7 @@ def test_rows_report_what_counted(geneval):
     assert rows[2]["reason"] == "expected 1 red tv, found blue"
 
 
-def test_other_detectors_are_refused(geneval, detector, tmp_path):
+def test_other_detectors_are_refused(detector, tmp_path):
     CLIPConfig().save_pretrained(tmp_path / "other")
     with pytest.raises(ValueError, match="other is a clip; it must be a Mask2Former"):
         geneval.Detector(str(tmp_path / "other"), "cpu")

@@ -18,20 +18,14 @@ from types import ModuleType, SimpleNamespace
 
 import huggingface_hub
 import numpy as np
+import preference
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT
 from PIL import Image
 from safetensors.torch import load_file
 from transformers import BertTokenizer, CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
-
-sys.path.insert(0, str(ROOT / "examples" / "evaluation"))
-try:
-    import preference
-finally:
-    del sys.path[0]
 
 TOLERANCE = {"rtol": 1e-4, "atol": 1e-5}
 TEXTS = ["a red star", "two green circles <left of a cat &amp;amp; a dog>", "it’s a “sign”  that says\nNO 42 " * 6]

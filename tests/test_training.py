@@ -7,13 +7,14 @@ import math
 import subprocess
 import sys
 from contextlib import nullcontext
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, SCRIPTS, equal, weights
 from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
+from harness import ROOT, SCRIPTS, equal, weights
+
+import train_sd3_soar
 
 
 # What may differ between two scripts, besides their module docstrings.
@@ -162,42 +163,33 @@ def test_calls_and_graphs_of_a_soar_step(run, monkeypatch, paths, length, chunk,
 @pytest.mark.parametrize("paths", [1, 2])
 def test_the_step_follows_the_equations(paths, photos):
     """Every term of the loss, sample by sample, against the equations of the paper written out with plain numbers."""
-    import train_sd3_soar
-
     n, k, shift, cfg, scale, lam = 3, 10, 3.0, 4.5, 0.5, 0.7
     seeds = (1, 262)  # the second draws u = 0.0026: its rollout ends at the floor
     arguments = f"""--pretrained_model_name_or_path x --train_data_dir {photos} --num_rollout_paths {paths}
         --lambda_aux {lam} --trajectory_length {n} --num_sampling_steps {k} --sde_rollout_type cps
         --weighting_scheme cosmap"""
     args = train_sd3_soar.parse_args(arguments.split())
+    latents, captions, last_of = torch.randn(2, 4, 6, 6), torch.randn(2), []
 
-    def model(hidden_states, timestep, encoder_hidden_states, pooled_projections, return_dict=True):
+    def predict(x, sigma, samples=slice(None), null=False):
         """Something that tells all its inputs apart."""
-        level, text, vector = 2e-4 * timestep, encoder_hidden_states.mean((1, 2)), 1 + pooled_projections.mean(1)
-        level, text, vector = (value.view(-1, 1, 1, 1) for value in (level, text, vector))
-        return ((0.3 * hidden_states + level + text) * vector,)
+        caption = torch.full_like(sigma, -0.7) if null else captions[samples]
+        return 0.3 * x + (0.2 * sigma + caption).view(-1, 1, 1, 1) * (1 + x.square())
 
-    latents, embeds, null = torch.randn(2, 4, 6, 6), torch.randn(2, 5, 8), torch.randn(1, 5, 8)
-    pooled, null_pooled = torch.randn(2, 3), torch.randn(1, 3)
-    batch = {
-        "latents": latents,
-        "generators": [torch.Generator().manual_seed(seed) for seed in seeds],
-        "prompt_embeds": embeds,
-        "pooled_prompt_embeds": pooled,
-        "null_prompt_embeds": null.expand(2, -1, -1),
-        "null_pooled_prompt_embeds": null_pooled.expand(2, -1),
-    }
-    accelerator = SimpleNamespace(
-        gradient_state=SimpleNamespace(_set_sync_gradients=lambda on: None), no_sync=lambda model: nullcontext()
-    )
-    terms = list(train_sd3_soar.training_losses(args, accelerator, model, batch, shift, True))
+    def sync(last):
+        last_of.append(last)
+        return nullcontext()
+
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    terms = list(train_sd3_soar.training_losses(args, predict, latents, generators, shift, sync))
+    assert last_of == [False] * (len(terms) - 1) + [True]
 
     base, aux = [], []
     for i, seed in enumerate(seeds):
         generator, z0 = torch.Generator().manual_seed(seed), latents[i : i + 1]
 
-        def v(x, sigma, prompt=embeds[i : i + 1], vector=pooled[i : i + 1]):
-            return model(x, torch.tensor([1000.0 * sigma]), prompt, vector)[0]
+        def v(x, sigma, i=i, **null):
+            return predict(x, torch.tensor([sigma]), samples=[i], **null)
 
         def error(prediction, target, sigma):
             weight = 2 / (math.pi * (1 - 2 * sigma + 2 * sigma**2))
@@ -210,7 +202,7 @@ def test_the_step_follows_the_equations(paths, photos):
         sigma_next = shift * u_next / (1 + (shift - 1) * u_next)
         x = (1 - sigma) * z0 + sigma * z1
         base.append(error(v(x, sigma), z1 - z0, sigma))
-        uncond = v(x, sigma, null, null_pooled)
+        uncond = v(x, sigma, null=True)
         guided = uncond + cfg * (v(x, sigma) - uncond)
         for path in range(paths):
             if path == 0:
@@ -231,6 +223,23 @@ def test_the_step_follows_the_equations(paths, photos):
     logged = sum(v["loss_aux"].item() for _, v in terms if "loss_aux" in v)
     assert logged == pytest.approx(sum(aux) / len(aux), rel=1e-4)
     assert len(aux) == 2 * n * paths
+
+
+def test_the_velocity_is_the_models():
+    """Timestep and text of each state: of the samples that are asked for, or the empty caption."""
+    calls = []
+    transformer = lambda **inputs: calls.append(inputs) or (inputs["hidden_states"],)  # noqa: E731
+    names = ("prompt_embeds", "pooled_prompt_embeds", "null_prompt_embeds", "null_pooled_prompt_embeds")
+    batch = {name: torch.randn(2, 3) for name in names}
+    sigma, samples = torch.tensor([0.5, 0.25, 1.0]), torch.tensor([1, 0, 1])
+    for null, (embeds, pooled) in ((False, names[:2]), (True, names[2:])):
+        states = torch.randn(3, 4, 6, 6)
+        assert train_sd3_soar.predict_velocity(transformer, batch, states, sigma, samples, null) is states
+        assert calls[-1]["timestep"].tolist() == [500, 250, 1000]
+        assert torch.equal(calls[-1]["encoder_hidden_states"], batch[embeds][samples])
+        assert torch.equal(calls[-1]["pooled_projections"], batch[pooled][samples])
+    train_sd3_soar.predict_velocity(transformer, batch, states[:2], sigma[:2])
+    assert torch.equal(calls[-1]["encoder_hidden_states"], batch["prompt_embeds"])
 
 
 def test_loss_does_not_depend_on_the_chunks(run, tmp_path):

@@ -20,8 +20,7 @@ def main():
     os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     root = Path(__file__).resolve().parents[1]
     sys.path[:0] = [str(root), str(root / "tests")]
-    from conftest import write_photos
-    from harness import CASES, seeded, torture
+    from harness import CASES, seeded, torture, write_photos
     from tqdm import tqdm
 
     rng = seeded()

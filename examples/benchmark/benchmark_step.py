@@ -146,10 +146,10 @@ class Configuration:
         else:
             batch["pixels"] = torch.zeros(size, 3, args.resolution, args.resolution, dtype=torch.uint8)
         if args.cache_prompt_embeds:
-            batch |= {name: tensor.expand(size, *tensor.shape[1:]) for name, tensor in self.null().items()}
+            batch |= {name: tensor.expand(size, *tensor.shape[1:]) for name, tensor in self.null_embeds().items()}
         return batch
 
-    def null(self):
+    def null_embeds(self):
         clip = AutoConfig.from_pretrained(os.path.join(self.folder, "text_encoder"))
         tokens = clip.max_position_embeddings + self.args.max_sequence_length
         return {
@@ -194,7 +194,9 @@ class Configuration:
         return *accelerator.prepare(transformer, optimizer, device_placement=device_placement), parameters
 
     def backward(self, accelerator, transformer, batch):
-        for loss, _ in self.training_losses(self.args, accelerator, transformer, batch, 3.0, True):
+        predict = functools.partial(self.script.predict_velocity, transformer, batch)
+        sync = functools.partial(self.script.gradient_sync, accelerator, transformer, True)
+        for loss, _ in self.training_losses(self.args, predict, batch["latents"], batch["generators"], 3.0, sync):
             accelerator.backward(loss)
 
     def count(self):
@@ -234,7 +236,7 @@ class Configuration:
             weights, trained = live.now, sum(parameter.numel() for parameter in parameters)
             vae = SimpleNamespace(config=SimpleNamespace(**self.vae_scale))
             batch = self.script.prepare_batch(
-                self.args, self.make_batch(), self.null(), vae, None, torch.device("cpu")
+                self.make_batch(), self.null_embeds(), vae, None, self.args.max_sequence_length, torch.device("cpu")
             )
             if not eight_bit:  # from the first step on the optimizer has its state
                 for parameter in parameters:
@@ -272,22 +274,23 @@ class Configuration:
         """The step on the device, in seconds; on a GPU also its peak memory in GiB."""
         accelerator = self.make_accelerator()
         device, cuda = accelerator.device, accelerator.device.type == "cuda"
-        pipeline, vae = None, SimpleNamespace(config=SimpleNamespace(**self.vae_scale))
+        text_encoders, vae = None, SimpleNamespace(config=SimpleNamespace(**self.vae_scale))
         if not self.args.cache_prompt_embeds:
             dim = self.config["joint_attention_dim"]
-            pipeline = self.script.load_encoders(self.args, self.folder, self.weight_dtype, dim, device)
+            text_encoders = self.script.load_text_encoders(self.args, self.folder, self.weight_dtype, dim, device)
         if not self.args.cache_latents:
             vae = AutoencoderKL.from_pretrained(self.folder, subfolder="vae", use_safetensors=True)
             vae.requires_grad_(False).to("cpu" if self.args.offload else device)
         transformer, optimizer, parameters = self.prepare(accelerator, self.load(self.args.torch_compile))
-        null = {name: tensor.to(device) for name, tensor in self.null().items()}
+        null_embeds = {name: tensor.to(device) for name, tensor in self.null_embeds().items()}
+        length = self.args.max_sequence_length
         cpu_batch, seconds = self.make_batch(), []
         for step in tqdm(range(warmup + steps), desc=self.text[:60], unit="step", leave=False):
             if step == warmup and cuda:
                 torch.cuda.reset_peak_memory_stats()
             synchronize(cuda)
             started = time.perf_counter()
-            batch = self.script.prepare_batch(self.args, dict(cpu_batch), null, vae, pipeline, device)
+            batch = self.script.prepare_batch(dict(cpu_batch), null_embeds, vae, text_encoders, length, device)
             self.backward(accelerator, transformer, batch)
             accelerator.clip_grad_norm_(parameters, self.args.max_grad_norm)
             optimizer.step()

@@ -82,7 +82,8 @@ gpu)
         benchmark "gpu_$part" outputs/medium "${list[@]}"
     done
     for size in 512 1024; do
-        [ -d "outputs/scenes_$size" ] || python examples/draw_scenes.py "outputs/scenes_$size" --num_images 8 --size $size
+        [ -d "outputs/world_$size" ] ||
+            python examples/miniature/world.py "outputs/world_$size" --noisy 8 --curated 8 --unseen 8 --size $size
     done
     whole full_512 24 train_sd3_soar.py 512 --full_bf16
     whole full_1024 24 train_sd3_soar.py 1024 --full_bf16 --gradient_checkpointing
@@ -96,4 +97,4 @@ gpu)
     exit 2
     ;;
 esac
-python "$here/report.py" "$results"
+python "$here/report_benchmark.py" "$results"

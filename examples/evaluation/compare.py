@@ -31,6 +31,7 @@ from urllib.parse import quote
 
 import numpy as np
 from PIL import Image
+from runs import DRAWS, SEED, read_rows, script, summarise
 from tqdm.auto import tqdm
 
 
@@ -55,15 +56,9 @@ PUBLISHED = {
     "imagereward": ["0.76", "0.96", "0.96", "0.85", "1.04", "1.09"],
     "aesthetic": ["5.60", "5.50", "5.71", "5.36", "5.35", "5.46"],
 }
-DRAWS, SEED = 2000, 0  # of the bootstrap
 TEMPLATE, PLACEHOLDER = Path(__file__).with_name("report_template.html"), "{{DATA}}"
 MADE_BY = "examples/evaluation/compare.py"
 OUTPUTS = {"table.md", "comparison.json", "scores.png", "report.html"}
-
-
-def fail(message):
-    """End with one line and exit code 1."""
-    raise SystemExit(f"error: {' '.join(message.split())}")
 
 
 def parse_args(input_args=None):
@@ -79,21 +74,7 @@ def parse_args(input_args=None):
     return args
 
 
-def read_rows(path):
-    """The rows of a JSON Lines file, each a `dict` with a "file_name"; an error names the file and line."""
-    rows = []
-    for number, line in enumerate(path.read_bytes().splitlines(), 1):
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            fail(f"{path} line {number} is not JSON: {error}")
-        if not isinstance(row, dict) or not isinstance(row.get("file_name"), str):
-            fail(f'{path} line {number} has no "file_name"')
-        rows.append(row)
-    return rows
-
-
-def read_run(folder):
+def read_scored(folder):
     """
     The images of a run with their scores.
 
@@ -104,17 +85,11 @@ def read_run(folder):
         `dict[tuple, dict]`: by (prompt, `image_index`, how many such pairs came before) the image's "file", "tag",
         "seed", "scores" (`dict[str, float | None]`, `None` where it is missing) and "notes" (`list[str]`) on them.
     """
-    if not (folder / "metadata.jsonl").is_file():
-        fail(f"{folder} holds no metadata.jsonl: want a folder that generate_images.py wrote")
     images, files, seen = {}, {}, Counter()
-    for row in read_rows(folder / "metadata.jsonl"):
-        pair = row.get("text"), row.get("image_index", 0)
-        if not isinstance(pair[0], str) or not isinstance(pair[1], int) or row["file_name"] in files:
-            fail(
-                f'{folder}/metadata.jsonl: {row["file_name"]} is twice there, or its "text" or "image_index" is wrong'
-            )
-        if not (folder / row["file_name"]).resolve().is_relative_to(folder.resolve()):
-            fail(f"{folder}/metadata.jsonl: {row['file_name']} leads out of {folder}")
+    for row in read_rows(folder):
+        pair = row["text"], row.get("image_index", 0)
+        if not isinstance(pair[1], int):
+            script.fail(f'{folder}/metadata.jsonl: {row["file_name"]} has an "image_index" that is no number')
         tag = row["tag"] if isinstance(row.get("tag"), str) else None
         image = {"file": row["file_name"], "tag": tag, "seed": row.get("seed"), "scores": {}, "notes": []}
         images[*pair, seen[pair]] = files[row["file_name"]] = image
@@ -122,11 +97,11 @@ def read_run(folder):
     for path in sorted((folder / "scores").glob("*.jsonl")):
         for image in images.values():
             image["scores"][path.stem] = None
-        for row in read_rows(path):
-            score = row.get("score")
-            if row["file_name"] not in files or not isinstance(score, int | float | None):
-                fail(f"{path}: {row['file_name']} is not in metadata.jsonl, or its score is no number; score it again")
-            image = files[row["file_name"]]
+        for _, row in script.read_json_lines(path):
+            name, score = row.get("file_name"), row.get("score")
+            if name not in files or not isinstance(score, int | float | None):
+                script.fail(f"{path}: {name} is not in metadata.jsonl, or its score is no number; score it again")
+            image = files[name]
             image["scores"][path.stem] = score if score is not None and math.isfinite(score) else None
             details = {
                 k: v
@@ -135,44 +110,10 @@ def read_run(folder):
             }
             image["notes"] += [f"{LABELS.get(path.stem, path.stem)} {k}: {str(v)[:300]}" for k, v in details.items()]
             if path.stem == "geneval" and image["tag"] is None:
-                fail(f'{folder}/metadata.jsonl: {image["file"]} has no "tag", the task that GenEval is averaged over')
+                script.fail(f'{folder}/metadata.jsonl: {name} has no "tag", the task that GenEval is averaged over')
     if all(score is None for image in images.values() for score in image["scores"].values()):
-        fail(f"{folder} has no scores: run `python examples/evaluation/score_images.py {folder}` first")
+        script.fail(f"{folder} has no scores: run `python examples/evaluation/score_images.py {folder}` first")
     return images
-
-
-def summarise(values, tags=None):
-    """
-    Mean and 95 % percentile bootstrap interval.
-
-    Args:
-        values (`dict[tuple, float]`): Scores, or differences of scores, by image; a key's first item is the prompt.
-        tags (`dict[tuple, str]`, *optional*): Task of each image. The mean is then that of the tasks' means.
-
-    Returns:
-        `dict`: "mean", "low", "high" (the latter `None` where a task has only one prompt), "images", "prompts", and
-        with `tags` "tasks", the same of each.
-
-    Source: Efron and Tibshirani, An Introduction to the Bootstrap, 1993; the mean of GenEval is that of
-    arXiv 2310.11513, github.com/djghosh13/geneval.
-    """
-    tasks = defaultdict(lambda: defaultdict(list))
-    for key, value in values.items():
-        tasks[tags and tags[key]][key[0]].append(value)
-    rng, means, drawn, num_prompts = np.random.default_rng(SEED), [], np.zeros(DRAWS), []
-    for prompts in tasks.values():
-        sums, counts = np.array([(sum(group), len(group)) for group in prompts.values()]).T
-        chosen = rng.integers(len(prompts), size=(DRAWS, len(prompts)))
-        means.append(sums.sum() / counts.sum())
-        drawn += sums[chosen].sum(axis=1) / counts[chosen].sum(axis=1) / len(tasks)
-        num_prompts.append(len(prompts))
-    low, high = np.quantile(drawn, [0.025, 0.975]).tolist() if min(num_prompts) > 1 else (None, None)
-    summary = {"mean": float(np.mean(means)), "low": low, "high": high}
-    summary |= {"images": len(values), "prompts": sum(num_prompts)}
-    if tags:
-        parts = {task: {key: value for key, value in values.items() if tags[key] == task} for task in tasks}
-        summary["tasks"] = {task: summarise(part) for task, part in parts.items()}
-    return summary
 
 
 def compare(runs):
@@ -180,7 +121,7 @@ def compare(runs):
     All numbers of the table.
 
     Args:
-        runs (`dict[str, dict]`): By name, what [`read_run`] returns.
+        runs (`dict[str, dict]`): By name, what [`read_scored`] returns.
 
     Returns:
         `tuple[dict, dict]`: by metric and run the [`summarise`]d scores, with "missing", the number of images that
@@ -202,7 +143,7 @@ def compare(runs):
             differences[metric][name] = summarise(pairs, tags)
     for name in list(runs)[1:]:
         if not any(name in found for found in differences.values()):
-            fail(f"{first} and {name} have no pair: no image of the same prompt and image_index with the same metric")
+            script.fail(f"{first} and {name} have no pair: the same prompt and image_index with the same metric")
     return dict(scores), dict(differences)
 
 
@@ -213,7 +154,7 @@ def read_settings(folders):
         try:
             settings[name] = dict(json.loads(file.read_text("utf-8"))) if file.is_file() else {}
         except (ValueError, TypeError) as error:
-            fail(f"{file} is not a JSON object: {error}")
+            script.fail(f"{file} is not a JSON object: {error}")
     keys = dict.fromkeys(key for found in settings.values() for key in found)
     rows = {key: {name: found.get(key) for name, found in settings.items()} for key in keys}
     return {key: row for key, row in rows.items() if len({json.dumps(value) for value in row.values()}) > 1}
@@ -308,7 +249,7 @@ def make_cards(runs, folders, metrics, size, output):
     What the page shows of each prompt, in the order of the first run.
 
     Args:
-        runs (`dict[str, dict]`): By name, what [`read_run`] returns.
+        runs (`dict[str, dict]`): By name, what [`read_scored`] returns.
         folders (`dict[str, pathlib.Path]`): By name, the run's folder.
         metrics (`list[str]`): Order of the scores.
         size (`int`): Longer side of a thumbnail, in pixels.
@@ -340,10 +281,10 @@ def check_output(output):
         names = {path.name for path in output.iterdir()} if output.exists() else set()
         marker = (output / "comparison.json").read_text("utf-8") if "comparison.json" in names else ""
     except (OSError, ValueError) as error:
-        fail(f"--output_dir {output}: {error}")
+        script.fail(f"--output_dir {output}: {error}")
     if names and not (names <= OUTPUTS and MADE_BY in marker):
         found = ", ".join(sorted(names - OUTPUTS)[:3]) or "it has no comparison.json of this script"
-        fail(f"--output_dir {output} is not, or not only, an earlier comparison ({found}): name another folder")
+        script.fail(f"--output_dir {output} is not, or not only, an earlier comparison ({found}): name another folder")
 
 
 def main(args):
@@ -351,12 +292,12 @@ def main(args):
     for item in args.runs:
         name, _, folder = item.partition("=") if not Path(item).is_dir() else (Path(item).resolve().name, "", item)
         if not name or not folder or name in folders:
-            fail(f"{item}: want NAME=FOLDER or a folder that exists, and every name once")
+            script.fail(f"{item}: want NAME=FOLDER or a folder that exists, and every name once")
         folders[name] = Path(os.path.abspath(folder))
     output = Path(os.path.abspath(args.output_dir))
     check_output(output)
     settings = read_settings(folders)
-    runs = {name: read_run(folder) for name, folder in folders.items()}
+    runs = {name: read_scored(folder) for name, folder in folders.items()}
     scores, differences = compare(runs)
     cards, unreadable = make_cards(runs, folders, list(scores), args.thumbnail_size, output)
     comparison = {

@@ -20,20 +20,16 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import PartialState
-from convert_jsonl import add_output_arguments, check_output_arguments, write_data_set
-from score_images import (
-    METRICS,
-    Unavailable,
+from data_sets import (
     add_data_arguments,
+    add_output_arguments,
     check_data_arguments,
-    load_scorer,
-    make_folder,
+    check_output_arguments,
     read_data,
-    read_scores,
-    score,
-    script,
-    unscored,
+    write_data_set,
 )
+from runs import script
+from scoring import METRICS, Unavailable, identify, load_scorer, make_folder, read_scores, score, unscored
 
 
 def choose(scores, min_score, top_fraction):
@@ -82,7 +78,7 @@ def main(input_args=None):
     folder = args.scores_dir or args.output_dir.with_name(args.output_dir.name + "-scores")
 
     PartialState()  # for the log
-    rows = read_data(args)
+    rows = list(map(identify, read_data(args)))
     make_folder(folder)
     if missing := unscored(args.metric, rows, folder):
         try:

@@ -24,7 +24,6 @@ import hashlib
 import inspect
 import json
 import os
-import sys
 from pathlib import Path
 
 import datasets
@@ -33,15 +32,11 @@ import torch
 from accelerate import Accelerator
 from diffusers import DiffusionPipeline
 from PIL import Image
+from runs import NESTED, script, write_whole
 from tqdm.auto import tqdm
+from trained import LORA_FILE, load_trained
 
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-import train_sd3_soar as script  # noqa: E402
-
-
-LORA_FILE = "pytorch_lora_weights.safetensors"
-NESTED = "prompt_fields"  # of metadata.jsonl: as JSON, for a table has one type a column, and may use their names
 OWN_FILES = ("images", "generation.json")  # what a call leaves that drew nothing
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -204,34 +199,26 @@ def check_settings(args, rows):
 
 def load_pipeline(args, device):
     """The pipeline, with the full fine-tune or the LoRA in it, on its device."""
-    dtype = DTYPES[args.mixed_precision]
     source = args.pretrained_model_name_or_path
-    options = {"dtype": dtype, "use_safetensors": True}
-    parts = {}
     with script.failing_with(f"--pretrained_model_name_or_path {source}"):
-        config = DiffusionPipeline.load_config(source, revision=args.revision)
-    kind = getattr(diffusers, config["_class_name"])
+        kind = getattr(diffusers, DiffusionPipeline.load_config(source, revision=args.revision)["_class_name"])
     if args.max_sequence_length and "max_sequence_length" not in inspect.signature(kind.__call__).parameters:
         script.fail(f"--max_sequence_length: {kind.__name__} has no such thing")
-    if args.transformer:
-        if "transformer" not in config:
-            script.fail(f"--transformer: {source} has none")
-        with script.failing_with(f"--transformer {args.transformer}"):
-            kind = getattr(diffusers, config["transformer"][1])
-            parts["transformer"] = kind.from_pretrained(args.transformer, subfolder="transformer", **options)
-    with script.failing_with(f"--pretrained_model_name_or_path {source}"):
-        pipeline = DiffusionPipeline.from_pretrained(
-            source, revision=args.revision, variant=args.variant, **options, **parts
+    trained = {"--transformer": args.transformer, "--lora": args.lora}
+    given = [f"{flag} {path}" for flag, path in trained.items() if path]
+    with script.failing_with(f"{' '.join(given)} on --pretrained_model_name_or_path {source}".removeprefix(" on ")):
+        pipeline = load_trained(
+            source,
+            args.transformer,
+            args.lora,
+            args.lora_scale,
+            dtype=DTYPES[args.mixed_precision],
+            revision=args.revision,
+            variant=args.variant,
         )
-    if args.lora:
-        with script.failing_with(f"--lora {args.lora}"):
-            pipeline.load_lora_weights(args.lora, weight_name=LORA_FILE, adapter_name="lora")
-            pipeline.set_adapters("lora", args.lora_scale)
-    if args.offload:
-        with script.failing_with("--offload"):
+        if args.offload:
             pipeline.enable_model_cpu_offload(device=device)
-    else:
-        with script.failing_with(f"--transformer {args.transformer}" if args.transformer else source):
+        else:
             pipeline.to(device)  # complains of weights that the files did not have
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
@@ -249,13 +236,6 @@ def draw(args, pipeline, rows):
         generator=[torch.Generator("cpu").manual_seed(row["seed"]) for row in rows],
         **options,
     ).images
-
-
-def write_whole(path, write):
-    """Have `write(partial)` write a file beside `path`, then rename it: there is never half a file."""
-    partial = path.with_name(f".partial-{os.getpid()}-{path.name}")
-    write(partial)
-    os.replace(partial, path)
 
 
 def main(input_args=None):

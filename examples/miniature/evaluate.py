@@ -14,6 +14,7 @@ import argparse
 import json
 import os
 import random
+import sys
 from collections import defaultdict
 from pathlib import Path
 
@@ -21,7 +22,6 @@ import numpy as np
 import torch
 import words
 import world
-from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 from diffusers.utils import make_image_grid
 from experiment import CHECKPOINT_SETTINGS, GUIDANCES, MAIN, QUICK_PART, SETTINGS, name_of
 from PIL import Image
@@ -29,21 +29,21 @@ from safetensors.torch import load_file
 from tqdm.auto import tqdm
 
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from trained import find_trained, load_trained  # noqa: E402
+
+
 BATCH = 100
 
 
 def load_pipeline(base, run):
     """The base pipeline, in float32, with what the run at `run` trained; `None` is the base itself."""
-    pipeline = StableDiffusion3Pipeline.from_pretrained(base, use_safetensors=True)
-    if run is not None and (run / "transformer").is_dir():
-        pipeline.transformer = SD3Transformer2DModel.from_pretrained(run, subfolder="transformer")
-        if (run / "ema.safetensors").exists():  # a checkpoint keeps the average apart
-            average = load_file(run / "ema.safetensors")
-            for i, parameter in enumerate(pipeline.transformer.parameters()):
-                parameter.data.copy_(average.pop(str(i)))
-            assert not average
-    elif run is not None:
-        pipeline.load_lora_weights(run, weight_name="pytorch_lora_weights.safetensors")
+    pipeline = load_trained(base, **find_trained(base if run is None else run))
+    if run is not None and (run / "ema.safetensors").exists():  # a checkpoint keeps the average apart
+        average = load_file(run / "ema.safetensors")
+        for i, parameter in enumerate(pipeline.transformer.parameters()):
+            parameter.data.copy_(average.pop(str(i)))
+        assert not average
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
 

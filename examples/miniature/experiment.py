@@ -175,7 +175,7 @@ def make_raw(out, world, model, threads):
         if not (out / world).exists():
             call(log, HERE / f"{world}.py", out / world, "--size", size_of(untrained))
         seen = [out / world / part for part in ("curated", "noisy")]
-        call(log, ROOT / "examples" / "train_vae.py", untrained, *seen, threads=threads)
+        call(log, ROOT / "examples" / "quickstart" / "train_vae.py", untrained, *seen, threads=threads)
         untrained.rename(raw)
 
 

@@ -65,7 +65,8 @@ def main():
         sys.exit(f"usage: train_control.py {{{','.join(CONTROLS)}}} SCRIPT FLAGS...")
     script = importlib.import_module(Path(sys.argv[2]).stem)
     CONTROLS[sys.argv[1]](script)
-    script.main(script.parse_args(sys.argv[3:]))
+    sys.argv = sys.argv[2:]  # the model card shows the script's own command
+    script.main(script.parse_args())
 
 
 if __name__ == "__main__":

@@ -15,9 +15,9 @@ import functools
 import io
 import itertools
 import json
+import math
 import random
 import shutil
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,9 +26,39 @@ from PIL import Image, ImageDraw, ImageFilter
 from tqdm.auto import tqdm
 
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from draw_scenes import COLORS, SHAPES  # noqa: E402
+COLORS = {
+    "red": (214, 40, 40),
+    "green": (56, 150, 70),
+    "blue": (40, 90, 210),
+    "yellow": (250, 205, 50),
+    "purple": (135, 60, 175),
+    "orange": (245, 125, 25),
+}
 
+
+def ring(radii, points):
+    """`points` corners around the origin, clockwise from the top, at the distances `radii` in turn."""
+    angles = [2 * math.pi * i / points for i in range(points)]
+    return [(radii[i % len(radii)] * math.sin(a), -radii[i % len(radii)] * math.cos(a)) for i, a in enumerate(angles)]
+
+
+def heart(points):
+    """The curve `x = 16 sin^3 a, y = 13 cos a - 5 cos 2a - 2 cos 3a - cos 4a`, in [-1, 1]."""
+    angles = [2 * math.pi * i / points for i in range(points)]
+    y = [13 * math.cos(a) - 5 * math.cos(2 * a) - 2 * math.cos(3 * a) - math.cos(4 * a) for a in angles]
+    return [(math.sin(a) ** 3, -(height + 2.5) / 15) for a, height in zip(angles, y, strict=True)]
+
+
+# Outlines in [-1, 1], y pointing down.
+SHAPES = {
+    "circle": ring([0.95], points=72),
+    "square": [(-0.85, -0.85), (0.85, -0.85), (0.85, 0.85), (-0.85, 0.85)],
+    "triangle": [(0, -0.95), (1, 0.8), (-1, 0.8)],
+    "star": ring([1.1, 0.46], points=10),
+    "heart": heart(points=72),
+    "cross": [(-0.3, -0.95), (0.3, -0.95), (0.3, -0.3), (0.95, -0.3), (0.95, 0.3), (0.3, 0.3)]
+    + [(0.3, 0.95), (-0.3, 0.95), (-0.3, 0.3), (-0.95, 0.3), (-0.95, -0.3), (-0.3, -0.3)],
+}
 
 TASKS = ("single_object", "two_object", "counting", "colors", "position", "color_attribution")
 TIMES = 1  # `words.py` has three times as many prompts a task
@@ -343,6 +373,7 @@ def main(make=make_scene, write_prompts=write_prompts):
     parser.add_argument("output_dir", type=Path)
     parser.add_argument("--noisy", type=int, default=20_000, help="Pictures for the base model.")
     parser.add_argument("--curated", type=int, default=2_000, help="Pictures for post-training.")
+    parser.add_argument("--unseen", type=int, default=256, help="Pictures to measure errors on.")
     parser.add_argument("--size", type=int, default=SIZE, help="Width and height in pixels.")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
@@ -354,7 +385,7 @@ def main(make=make_scene, write_prompts=write_prompts):
     write_pictures(partial / "noisy", args.noisy, make, random.Random(f"{args.seed} True"), noisy=True)
     write_pictures(partial / "curated", args.curated, make, random.Random(f"{args.seed} False"), noisy=False)
     unseen = functools.partial(make, part="test")
-    write_pictures(partial / "unseen", 256, unseen, random.Random(f"{args.seed} test"), noisy=False)
+    write_pictures(partial / "unseen", args.unseen, unseen, random.Random(f"{args.seed} test"), noisy=False)
     write_prompts(partial / "validation.jsonl", "validation", 30)
     write_prompts(partial / "test.jsonl", "test", 100)
     partial.rename(args.output_dir)

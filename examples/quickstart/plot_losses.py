@@ -2,7 +2,7 @@
 """
 Draw the training losses of several runs, smoothed, from their TensorBoard files.
 
-    python examples/plot_losses.py SFT=outputs/sft SOAR=outputs/soar --output loss.png
+    python examples/quickstart/plot_losses.py SFT=outputs/sft SOAR=outputs/soar --output loss.png
 
 `loss_base` is plain flow matching, and comparable between runs. `loss_aux` is SOAR's correction, on states that the
 model itself has led to.

@@ -2,7 +2,7 @@
 """
 Train the VAE of a toy pipeline on folders of pictures, in about a minute on two cores, and save it in place.
 
-    python examples/train_vae.py outputs/small outputs/scenes outputs/noisy_scenes
+    python examples/quickstart/train_vae.py outputs/small outputs/world/noisy outputs/world/curated
 
 `make_tiny_sd3.py` writes random weights, which decode to nothing. The loss is the squared error of the reconstruction
 plus a little of the KL divergence, which keeps the latents smooth. `scaling_factor` and `shift_factor` are then

@@ -2,7 +2,7 @@
 """
 Tables and a picture of what `benchmark_step.py` and `run_capped.py` wrote.
 
-    python examples/benchmark/report.py examples/benchmark/results
+    python examples/benchmark/report_benchmark.py examples/benchmark/results
 
 Prints Markdown; draws FOLDER/report.png, time against memory: measured where there are GPU figures, else counted.
 """

@@ -2,7 +2,7 @@
 """
 Draw one sheet of samples from several models: a row each, a prompt a column, the same starting noise down a column.
 
-    python examples/compare_models.py --pretrained_model_name_or_path outputs/base \
+    python examples/quickstart/compare_models.py --pretrained_model_name_or_path outputs/base \
         --models base=outputs/base SOAR=outputs/soar SOAR-LoRA=outputs/soar_lora \
         --prompts "a red circle" "two blue stars" --output samples.png
 
@@ -12,15 +12,18 @@ pipeline of `--pretrained_model_name_or_path` gives the rest.
 
 import argparse
 import os
+import sys
 import textwrap
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import torch
-from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 
 
-@torch.no_grad()
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from trained import find_trained, load_trained  # noqa: E402
+
+
 def sample(pipeline, args):
     """One image (`PIL.Image`) for each of `args.prompts`; image i starts from the noise of seed `args.seed + i`."""
     images = []
@@ -60,7 +63,7 @@ def draw_sheet(rows, prompts, path):
 def main():
     parser = argparse.ArgumentParser(description="Draw one sheet of samples from several models.")
     parser.add_argument("--pretrained_model_name_or_path", required=True, help="Pipeline the models belong to.")
-    parser.add_argument("--models", nargs="+", required=True, metavar="NAME=PATH")
+    parser.add_argument("--models", nargs="+", required=True, metavar="NAME=FOLDER")
     parser.add_argument("--prompts", nargs="+", required=True)
     parser.add_argument("--output", type=Path, default=Path("samples.png"))
     parser.add_argument("--resolution", type=int, help="Width and height in pixels. Default: the model's own.")
@@ -72,31 +75,17 @@ def main():
     models = {}
     for item in args.models:
         name, _, folder = item.partition("=")
-        models[name] = folder = Path(folder)
-        if not ((folder / "transformer").is_dir() or (folder / "pytorch_lora_weights.safetensors").exists()):
-            parser.exit(2, f"error: {item}: want NAME=PATH, a folder with transformer/ or a LoRA file in it\n")
+        try:
+            models[name] = find_trained(Path(folder).resolve(strict=True))
+        except (OSError, ValueError) as error:
+            parser.exit(2, f"error: {item}: want NAME=FOLDER: {error}\n")
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    pipeline = StableDiffusion3Pipeline.from_pretrained(
-        args.pretrained_model_name_or_path, use_safetensors=True, dtype=dtype
-    )
-    pipeline.to(device)
-    base = pipeline.transformer
     rows = {}
-    for name, folder in models.items():
+    for name, model in models.items():
         print(f"sampling from {name}")
-        if (folder / "transformer").is_dir():
-            transformer = SD3Transformer2DModel.from_pretrained(
-                folder / "transformer", use_safetensors=True, dtype=dtype
-            ).to(device)
-            pipeline.register_modules(transformer=transformer)
-            rows[name] = sample(pipeline, args)
-            pipeline.register_modules(transformer=base)
-        else:
-            pipeline.load_lora_weights(folder, weight_name="pytorch_lora_weights.safetensors")
-            rows[name] = sample(pipeline, args)
-            pipeline.unload_lora_weights()
+        rows[name] = sample(load_trained(args.pretrained_model_name_or_path, **model, dtype=dtype).to(device), args)
     draw_sheet(rows, args.prompts, args.output)
     print(f"wrote {args.output}")
 

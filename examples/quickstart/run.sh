@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0
 #
-# SOAR from nothing to pictures, on two CPU cores, in less than fifteen minutes:
+# SOAR from nothing to pictures, on two CPU cores, in about sixteen minutes:
 #
-#     bash examples/quickstart.sh
+#     bash examples/quickstart/run.sh
 #
 # Writes a toy Stable Diffusion 3.5, trains it on messy data, then post-trains it on a small clean set, in three ways:
 # SFT, SOAR and SOAR with LoRA, and draws what each model makes of the same prompts from the same noise.
@@ -11,7 +11,7 @@
 # outputs/quickstart.
 
 set -euo pipefail
-cd "$(dirname "$0")/.."
+cd "$(dirname "$0")/../.."
 out=outputs/quickstart
 mkdir -p "$out/.done"
 
@@ -31,27 +31,26 @@ stage() {
 printf '=== install\n'
 [ -x .venv/bin/pip ] || python3 -m venv --clear .venv
 .venv/bin/pip install --quiet --disable-pip-version-check \
-    -r requirements.txt -r examples/requirements.txt -c tests/constraints.txt
+    -r requirements.txt -r examples/quickstart/requirements.txt -c tests/constraints.txt
 python=.venv/bin/python
 
 # Messy pictures, of which some have wrong captions, to train the base model on; clean ones to post-train it on.
 draw() {
-    rm -rf "$out/noisy" "$out/curated"
-    $python examples/draw_scenes.py "$out/noisy" --noisy --num_images 1500 --seed 0
-    $python examples/draw_scenes.py "$out/curated" --num_images 1000 --seed 1
+    rm -rf "$out/world"
+    $python examples/miniature/world.py "$out/world" --noisy 1500 --curated 1000 --unseen 10 --size 48
 }
 
 # The VAE learns from both sets; the text encoders stay random.
 make_model() {
     $python examples/make_tiny_sd3.py "$out/small" --size small --overwrite
-    $python examples/train_vae.py "$out/small" "$out/noisy" "$out/curated"
+    $python examples/quickstart/train_vae.py "$out/small" "$out/world/noisy" "$out/world/curated"
 }
 
 # train SCRIPT FROM DATA NAME ARGUMENTS...
 train() {
     local script=$1 from=$2 data=$3 name=$4
     shift 4
-    $python "$script" --pretrained_model_name_or_path "$out/$from" --train_data_dir "$out/$data" \
+    $python "$script" --pretrained_model_name_or_path "$out/$from" --train_data_dir "$out/world/$data" \
         --output_dir "$out/$name" --cache_dir "$out/cache" --resolution 48 --center_crop --max_sequence_length 12 \
         --cache_latents --cache_prompt_embeds --cond_dropout_rate 0.1 --train_batch_size 16 --mixed_precision no \
         --lr_warmup_steps 50 --checkpointing_steps 200 --checkpoints_total_limit 1 --resume_from_checkpoint latest \
@@ -89,12 +88,12 @@ lora="--max_train_steps 450 --learning_rate 4e-3 --lr_scheduler cosine --rank 64
     stage SOAR-LoRA train train_sd3_soar_lora.py base curated soar_lora $lora $soar
 }
 
-stage samples $python examples/compare_models.py --pretrained_model_name_or_path "$out/base" \
+stage samples $python examples/quickstart/compare_models.py --pretrained_model_name_or_path "$out/base" \
     --models base="$out/base" SFT="$out/sft" SOAR="$out/soar" SOAR-LoRA="$out/soar_lora" --output "$out/samples.png" \
     --max_sequence_length 12 --num_inference_steps 20 --guidance_scale 3 --prompts \
-    "a red circle" "a purple star" "two blue hearts" "three green triangles" "four orange crosses" \
-    "a yellow square left of a red heart" "a blue circle above a green square" "a green heart left of a purple cross"
-stage losses $python examples/plot_losses.py SFT="$out/sft" SOAR="$out/soar" SOAR-LoRA="$out/soar_lora" \
+    "a red circle" "a blue star" "two hearts" "three triangles" "four crosses" \
+    "a square left of a heart" "a circle above a star" "a blue square and an orange heart"
+stage losses $python examples/quickstart/plot_losses.py SFT="$out/sft" SOAR="$out/soar" SOAR-LoRA="$out/soar_lora" \
     --output "$out/loss.png"
 
 cat <<END

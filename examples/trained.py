@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Load a pipeline with what a training run left: all weights of the transformer, or a LoRA."""
+
+import os
+from pathlib import Path
+
+import diffusers
+import torch
+from diffusers import DiffusionPipeline
+
+
+LORA_FILE = "pytorch_lora_weights.safetensors"
+
+
+def find_trained(path):
+    """
+    What a model is, for [`load_trained`].
+
+    Args:
+        path (`str` or `pathlib.Path`): Folder that a training run or a pipeline left, or a pipeline's hub id.
+
+    Returns:
+        `dict`: `{"transformer": path}`, or `{"lora": path}` for a folder that has no transformer.
+
+    Raises:
+        `ValueError`: If it is a folder with neither.
+    """
+    if not os.path.isdir(path) or any(Path(path, "transformer").glob("*.safetensors")):
+        return {"transformer": str(path)}
+    if Path(path, LORA_FILE).is_file():
+        return {"lora": str(path)}
+    raise ValueError(f"neither transformer/*.safetensors nor {LORA_FILE} in that folder")
+
+
+def load_trained(base, transformer=None, lora=None, lora_scale=1.0, dtype=torch.float32, **options):
+    """
+    The pipeline `base`, for inference, with a trained transformer or LoRA in it.
+
+    Args:
+        base (`str` or `pathlib.Path`): Hub id or folder of a text-to-image pipeline.
+        transformer (`str`, *optional*): Folder or hub id with `transformer/` in it.
+        lora (`str`, *optional*): Folder or hub id with `pytorch_lora_weights.safetensors` in it.
+        lora_scale (`float`): Of the LoRA's update.
+        dtype (`torch.dtype`): Of all weights.
+        options: Further arguments of `from_pretrained` for `base`; a part that is `None` is not loaded.
+
+    Returns:
+        `DiffusionPipeline`: of the class that `base` names.
+
+    Raises:
+        `ValueError`: If `base` has no transformer to replace, or the LoRA holds nothing for this pipeline; and
+            whatever the libraries raise on files that are missing or broken.
+    """
+    if transformer is not None:
+        config = DiffusionPipeline.load_config(base, revision=options.get("revision"))
+        if "transformer" not in config:
+            raise ValueError(f"{base} has no transformer that {transformer} could take the place of")
+        model_class = getattr(diffusers, config["transformer"][1])
+        options["transformer"] = model_class.from_pretrained(
+            transformer, subfolder="transformer", dtype=dtype, use_safetensors=True
+        )
+    pipeline = DiffusionPipeline.from_pretrained(base, dtype=dtype, use_safetensors=True, **options)
+    if lora is not None:
+        pipeline.load_lora_weights(lora, weight_name=LORA_FILE, adapter_name="lora")
+        if "lora" not in pipeline.get_active_adapters():  # diffusers only logs it, and leaves the base as it is
+            raise ValueError(f"{LORA_FILE} of {lora} holds nothing for {type(pipeline).__name__}")
+        pipeline.set_adapters("lora", lora_scale)
+    for part in pipeline.components.values():
+        if isinstance(part, torch.nn.Module):
+            part.eval()  # a LoRA brings the dropout that it was trained with
+    return pipeline
