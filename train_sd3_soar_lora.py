@@ -37,6 +37,7 @@ Needs `soar_utils.py` beside it, nothing else. Sources: SOAR, arXiv 2604.12617; 
 
 import argparse
 import contextlib
+import csv
 import dataclasses
 import datetime
 import functools
@@ -49,6 +50,7 @@ import logging
 import math
 import os
 import random
+import re
 import shlex
 import shutil
 import signal
@@ -62,6 +64,9 @@ from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 
+
+logging.disable(logging.WARNING)  # libraries' remarks while they are imported, on what this script does not use
+import accelerate
 import datasets
 import diffusers
 import huggingface_hub
@@ -71,30 +76,13 @@ import transformers
 from accelerate import Accelerator
 from accelerate.logging import get_logger
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
-from accelerate.utils import (
-    DistributedDataParallelKwargs,
-    InitProcessGroupKwargs,
-    ProjectConfiguration,
-    broadcast_object_list,
-    gather_object,
-)
-from diffusers import AutoencoderKL, SD3Transformer2DModel, StableDiffusion3Pipeline
+from diffusers import AutoencoderKL, SD3Transformer2DModel, StableDiffusion3Pipeline, training_utils
 from diffusers.hooks import apply_group_offloading
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from diffusers.optimization import SchedulerType, get_scheduler
-from diffusers.training_utils import (
-    EMAModel,
-    compute_density_for_timestep_sampling,
-    compute_loss_weighting_for_sd3,
-    find_nearest_bucket,
-    free_memory,
-    generate_aspect_ratio_buckets,
-    offload_models,
-    parse_buckets_string,
-)
 from diffusers.utils import make_image_grid
-from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
-from PIL import Image, ImageOps
+from peft import LoraConfig, get_peft_model_state_dict
+from PIL import Image, ImageCms, ImageOps
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch.distributed.tensor import distribute_tensor
@@ -104,6 +92,7 @@ from transformers import AutoTokenizer
 import soar_utils
 
 
+logging.disable(logging.NOTSET)
 logger = get_logger(__name__)
 
 # Flags that may differ when a run is resumed: they do not change what is trained, or what they name is compared by its
@@ -111,10 +100,10 @@ logger = get_logger(__name__)
 FREE_ON_RESUME = """
     aux_batch_size cache_dir cache_prompt_embeds caption_column checkpointing_steps checkpoints_total_limit
     dataloader_num_workers dataset_config_name dataset_name gradient_accumulation_steps gradient_checkpointing
-    guidance_scale hub_model_id hub_token image_column image_dir jsonl_path max_skipped_steps max_train_samples
-    max_train_steps num_inference_steps num_train_epochs num_validation_images offload offload_ema output_dir
-    overwrite_output_dir push_to_hub report_to resume_from_checkpoint skip_bad_images skip_final_inference
-    torch_compile train_data_dir validation_prompt validation_steps
+    guidance_scale hub_model_id hub_token image_column image_dir instance_prompt jsonl_path max_skipped_steps
+    max_train_samples max_train_steps num_inference_steps num_train_epochs num_validation_images offload
+    offload_ema output_dir overwrite_output_dir push_to_hub report_to resume_from_checkpoint save_dtype
+    skip_bad_images skip_final_inference torch_compile train_data_dir validation_prompt validation_steps
 """.split()
 
 
@@ -128,6 +117,7 @@ def parse_args(input_args=None):
     add = model.add_argument
     add("--pretrained_model_name_or_path", required=True, help="Hub id or folder of an SD3 / SD3.5 pipeline.")
     add("--revision", help="Hub revision of the model.")
+    add("--transformer", help="Folder or hub id of a full fine-tune of it, to start from: `transformer/` in there.")
     add("--variant", help="Variant of the weight files, for example fp16.")
     add("--no_text_encoder_3", action="store_true", help="Leave the T5 encoder out; the pipeline feeds zeros instead.")
     add("--mixed_precision", choices=["no", "fp16", "bf16"], help="Default: what `accelerate config` says.")
@@ -139,67 +129,70 @@ def parse_args(input_args=None):
     add = data.add_argument
     add("--dataset_name", help="Hub id or folder for `datasets.load_dataset`, split `train`.")
     add("--dataset_config_name", help="Configuration of --dataset_name.")
-    add("--train_data_dir", help="Folder of images with `metadata.jsonl` or `metadata.csv`.")
+    add("--train_data_dir", help="Folder of images, with NAME.txt beside each, or `metadata.jsonl` or `metadata.csv`.")
     add("--jsonl_path", help='Lines {"md5": ..., "caption_en": ..., "bw": 512, "bh": 512}.')
     add("--image_dir", help="Folder of the images of --jsonl_path: `{md5}.jpg`, .jpeg, .png, .webp.")
-    add("--image_column", default="image")
-    add("--caption_column", default="text")
-    add("--max_train_samples", type=at_least(1), help="Use the first N images.")
+    add("--image_column", default="image", help="Of --dataset_name; of the metadata of --train_data_dir: file_name.")
+    add("--caption_column", default="text", help="Of --dataset_name, and of the metadata of --train_data_dir.")
+    add("--instance_prompt", help="Caption of every image that has none, such as: a photo of sks dog.")
+    add("--max_train_samples", type=number(int, 1), help="Use the first N images.")
     add("--skip_bad_images", action="store_true", help="Drop and count images that cannot be read, instead of ending.")
-    add("--resolution", type=at_least(16), default=512, help="Size in pixels, also of the validation images.")
+    add("--resolution", type=number(int, 16), default=512, help="Size in pixels, also of the validation images.")
     add("--center_crop", action="store_true", help="Crop the centre instead of a random part.")
     add("--random_flip", action="store_true", help="Mirror half of the images.")
     add("--use_aspect_ratio_buckets", action="store_true", help="Train at several shapes of about --resolution^2.")
     add("--aspect_ratio_buckets", help='The shapes, as "height,width;height,width"; implies the flag above.')
-    add("--max_sequence_length", type=between(1, 512, int), default=256, help="T5 tokens; sample with as many.")
-    add("--cond_dropout_rate", type=between(0, 1), default=0.0, help="Share of samples trained with an empty caption.")
+    add("--max_sequence_length", type=number(int, 1, 512), default=256, help="T5 tokens; sample with as many.")
+    dropout = {"type": number(float, 0, 1), "default": 0.0, "help": "Share of captions that are left empty."}
+    add("--cond_dropout_rate", "--caption_dropout", **dropout)
     add("--cache_latents", action="store_true", help="Encode every image once, to disk; keeps one crop an image.")
     add("--cache_prompt_embeds", action="store_true", help="Encode every caption once, to disk.")
     add("--cache_dir", help="Folder of both caches, shared by runs. Default: OUTPUT_DIR/cache.")
     add("--offload", action="store_true", help="For small cards: encoders stay on the CPU between uses.")
-    add("--dataloader_num_workers", type=at_least(0), default=0)
+    add("--dataloader_num_workers", type=number(int, 0), default=0)
 
     training = parser.add_argument_group("training")
     add = training.add_argument
     add("--output_dir", default="sd3-soar-lora")
     add("--overwrite_output_dir", action="store_true", help="Delete the result and checkpoints of another run there.")
-    add("--seed", type=at_least(0), help="Drawn and logged when absent.")
-    add("--train_batch_size", type=at_least(1), default=4, help="Images per process and forward.")
-    add("--gradient_accumulation_steps", type=at_least(1), default=1)
-    add("--num_train_epochs", type=at_least(1), default=1)
-    add("--max_train_steps", type=at_least(1), help="Optimizer steps; replaces --num_train_epochs.")
-    add("--learning_rate", type=at_least(0, float), default=1e-4)
+    add("--seed", type=number(int, 0), help="Drawn and logged when absent.")
+    add("--train_batch_size", type=number(int, 1), default=4, help="Images per process and forward.")
+    add("--gradient_accumulation_steps", type=number(int, 1), default=1)
+    add("--num_train_epochs", type=number(int, 1), default=1)
+    add("--max_train_steps", type=number(int, 1), help="Optimizer steps; replaces --num_train_epochs.")
+    add("--learning_rate", type=number(float, 0), default=1e-4)
     add("--lr_scheduler", choices=[name.value for name in SchedulerType], default="constant")
-    add("--lr_warmup_steps", type=at_least(0), default=0)
-    add("--lr_num_cycles", type=at_least(1), default=1, help="Restarts of cosine_with_restarts.")
-    add("--lr_power", type=finite, default=1.0, help="Power of polynomial.")
+    add("--lr_warmup_steps", type=number(int, 0), default=0)
+    add("--lr_num_cycles", type=number(int, 1), default=1, help="Restarts of cosine_with_restarts.")
+    add("--lr_power", type=number(), default=1.0, help="Power of polynomial.")
     add("--lr_step_rules", help='Rules of piecewise_constant: "1:10,0.1:20,0.01" is x1 to step 10, x0.1 to 20, x0.01.')
-    add("--optimizer", choices=["adamw", "prodigy"], default="adamw")
+    add("--optimizer", type=str.lower, choices=["adamw", "prodigy"], default="adamw")
     add("--use_8bit_adam", action="store_true", help="AdamW with 8-bit state (bitsandbytes).")
     training.set_defaults(full_bf16=False)  # the frozen base is in bf16 already, and a LoRA is small
-    add("--adam_beta1", type=between(0, 0.99999), default=0.9)
-    add("--adam_beta2", type=between(0, 0.99999), default=0.999)
-    add("--adam_weight_decay", type=at_least(0, float), default=1e-2)
-    add("--adam_epsilon", type=at_least(0, float), default=1e-8)
-    add("--prodigy_beta3", type=between(0, 0.99999), help="Default: the square root of --adam_beta2.")
+    add("--adam_beta1", type=number(float, 0, 0.99999), default=0.9)
+    add("--adam_beta2", type=number(float, 0, 0.99999), default=0.999)
+    add("--adam_weight_decay", type=number(float, 0), default=1e-2)
+    add("--adam_epsilon", type=number(float, 0), default=1e-8)
+    add("--prodigy_beta3", type=number(float, 0, 0.99999), help="Default: the square root of --adam_beta2.")
     add("--prodigy_decouple", action=argparse.BooleanOptionalAction, default=True, help="Decoupled weight decay.")
     add("--prodigy_use_bias_correction", action=argparse.BooleanOptionalAction, default=True)
     add("--prodigy_safeguard_warmup", action=argparse.BooleanOptionalAction, default=True)
-    add("--max_grad_norm", type=at_least(0, float), default=1.0, help="0 does not clip.")
-    add("--max_skipped_steps", type=at_least(0), default=0, help="Skip up to N steps in a row that are not finite.")
+    add("--max_grad_norm", type=number(float, 0), default=1.0, help="0 does not clip.")
+    add("--max_skipped_steps", type=number(int, 0), default=0, help="Skip up to N steps in a row that are not finite.")
     add("--weighting_scheme", choices=["none", "sigma_sqrt", "logit_normal", "mode", "cosmap"], default="logit_normal")
-    add("--logit_mean", type=finite, default=0.0, help="Of logit_normal, the SD3 paper's: positive leans to noise.")
-    add("--logit_std", type=at_least(0, float), default=1.0, help="Of logit_normal.")
-    add("--mode_scale", type=finite, default=1.29, help="Of mode.")
+    add("--logit_mean", type=number(), default=0.0, help="Of logit_normal, the SD3 paper's: positive leans to noise.")
+    add("--logit_std", type=number(float, 0), default=1.0, help="Of logit_normal.")
+    add("--mode_scale", type=number(), default=1.29, help="Of mode.")
     add("--use_ema", action="store_true", help="Average the weights; validation and the saved model use the average.")
-    add("--ema_decay", type=between(0, 1), default=0.9999)
+    add("--ema_decay", type=number(float, 0, 1), default=0.9999)
     add("--offload_ema", action="store_true", help="Keep the average on the CPU between steps.")
 
     lora = parser.add_argument_group("LoRA")
     add = lora.add_argument
-    add("--rank", type=at_least(1), default=32)
-    add("--lora_alpha", type=at_least(0, float), help="The update is scaled by alpha / rank. Default: --rank.")
-    add("--lora_dropout", type=between(0, 1), default=0.0)
+    add("--lora", help="Folder or hub id of a LoRA to go on with: rank, alpha and layers are its own.")
+    add("--rank", type=number(int, 1), default=32)
+    add("--lora_alpha", type=number(float, 0), help="The update is scaled by alpha / rank. Default: --rank.")
+    add("--lora_dropout", type=number(float, 0, 1), default=0.0)
     add("--lora_layers", help="Comma-separated names, such as attn.to_q,attn.to_v. Default: all attention layers.")
     add("--lora_blocks", help="Comma-separated numbers of transformer blocks. Default: all.")
     add("--use_dora", action="store_true", help="DoRA: train the weights' magnitudes too.")
@@ -207,29 +200,30 @@ def parse_args(input_args=None):
 
     soar = parser.add_argument_group("SOAR")
     add = soar.add_argument
-    add("--lambda_aux", type=at_least(0, float), default=1.0, help="Weight of an auxiliary point; 0 is plain SFT.")
-    add("--trajectory_length", type=at_least(0), default=6, help="N: auxiliary points per rollout path.")
-    add("--num_rollout_paths", type=at_least(1), default=1, help="M: path 0 is the ODE step, the others stochastic.")
-    add("--num_sampling_steps", type=at_least(1), default=40, help="K: the rollout is one step of K.")
-    add("--cfg_scale_sampling", type=finite, default=4.5, help="Guidance of the rollout step.")
+    add("--lambda_aux", type=number(float, 0), default=1.0, help="Weight of an auxiliary point; 0 is plain SFT.")
+    add("--trajectory_length", type=number(int, 0), default=6, help="N: auxiliary points per rollout path.")
+    add("--num_rollout_paths", type=number(int, 1), default=1, help="M: the ODE step, and M - 1 stochastic ones.")
+    add("--num_sampling_steps", type=number(int, 1), default=40, help="K: the rollout is one step of K.")
+    add("--cfg_scale_sampling", type=number(), default=4.5, help="Guidance of the rollout step.")
     add("--sde_rollout_type", choices=soar_utils.STOCHASTIC_ROLLOUTS, default="flow_sde", help="Paths 1 to M-1.")
-    add("--sde_noise_scale", type=between(0, 1), default=0.5, help="Strength of the stochastic steps.")
-    add("--sigma_upper_ratio", type=at_least(1, float), help="Auxiliary sigmas up to RATIO * sigma. Default: up to 1.")
-    add("--aux_batch_size", type=at_least(1), help="Auxiliary points per forward. Default: --train_batch_size.")
+    add("--sde_noise_scale", type=number(float, 0, 1), default=0.5, help="Strength of the stochastic steps.")
+    add("--sigma_upper_ratio", type=number(float, 1), help="Auxiliary sigmas up to RATIO * sigma. Default: up to 1.")
+    add("--aux_batch_size", type=number(int, 1), help="Auxiliary points per forward. Default: --train_batch_size.")
 
-    checkpoint = parser.add_argument_group("checkpoint")
+    checkpoint = parser.add_argument_group("checkpoint and result")
     add = checkpoint.add_argument
-    add("--checkpointing_steps", type=at_least(1), default=500, help="Save the whole state every N optimizer steps.")
-    add("--checkpoints_total_limit", type=at_least(1), help="Keep the newest N checkpoints.")
+    add("--checkpointing_steps", type=number(int, 1), default=500, help="Save the whole state every N steps.")
+    add("--checkpoints_total_limit", type=number(int, 1), help="Keep the newest N checkpoints.")
     add("--resume_from_checkpoint", help="A checkpoint folder, or `latest`: the newest, if there is one.")
+    add("--save_dtype", choices=["bf16", "fp16", "fp32"], help="Of the result. Default: bf16; fp32 where trained so.")
 
     validation = parser.add_argument_group("validation")
     add = validation.add_argument
     add("--validation_prompt", action="append", default=[], help="May be given several times.")
-    add("--num_validation_images", type=at_least(1), default=4, help="Per prompt.")
-    add("--validation_steps", type=at_least(1), default=500, help="Sample every N optimizer steps.")
-    add("--num_inference_steps", type=at_least(1), default=40)
-    add("--guidance_scale", type=finite, default=4.5)
+    add("--num_validation_images", type=number(int, 0), default=4, help="Per prompt; 0 draws none.")
+    add("--validation_steps", type=number(int, 1), default=500, help="Sample every N optimizer steps.")
+    add("--num_inference_steps", type=number(int, 1), default=40)
+    add("--guidance_scale", type=number(), default=4.5)
     add("--skip_final_inference", action="store_true", help="No samples from the finished model.")
 
     logs = parser.add_argument_group("logging and hub")
@@ -271,12 +265,12 @@ def training_losses(args, predict, latents, generators, shift, sync):
         return torch.randn(latents.shape[1:], generator=generator)
 
     def sample_u(generator):
-        return compute_density_for_timestep_sampling(
+        return training_utils.compute_density_for_timestep_sampling(
             args.weighting_scheme, 1, args.logit_mean, args.logit_std, args.mode_scale, generator=generator
         )[0].clamp(soar_utils.U_MIN, 1)
 
     def sample_losses(velocity, target, sigma):
-        weighting = compute_loss_weighting_for_sd3(args.weighting_scheme, sigma)
+        weighting = training_utils.compute_loss_weighting_for_sd3(args.weighting_scheme, sigma)
         return soar_utils.flow_matching_loss(velocity, target, weighting)
 
     # 1. The ideal state: plain flow matching. Its prediction is also the conditional branch of the rollout.
@@ -337,7 +331,8 @@ def main(args):
 
     # Everything that can be wrong with the input, before any model loads
     run_on_main(accelerator, make_folders, args.output_dir, args.cache_dir)
-    model_config = run_on_main(accelerator, check_model, args)
+    model_config = run_on_each(accelerator, check_model, args)
+    model_dir = model_config["folder"]
     checkpoint, saved_state = run_on_main(
         accelerator, find_checkpoint, args.output_dir, args.resume_from_checkpoint, args.overwrite_output_dir
     )
@@ -345,23 +340,23 @@ def main(args):
         seed = saved_state["arguments"]["seed"] if checkpoint else random.getrandbits(31)
         args.seed = run_on_main(accelerator, lambda: seed)
     logger.info(f"Seed {args.seed}, {accelerator.num_processes} processes, global batch {global_batch_size}")
-    with accelerator.main_process_first():
-        rows = load_images(args)
+    rows = run_on_each(accelerator, load_images, args)
     inspected = run_on_main(accelerator, inspect_images, args, model_config, rows)
     if len(inspected) < global_batch_size:
         fail(f"{len(inspected)} images are fewer than one global batch of {global_batch_size}")
     if args.max_train_steps is None:
         args.max_train_steps = math.ceil(args.num_train_epochs * len(inspected) / global_batch_size)
-    rehearse_lr_scheduler(args)
+    rules = f" or --lr_step_rules {args.lr_step_rules} (want such as 1:10,0.1:20,0.01)"
+    with failing_with(f"--lr_scheduler {args.lr_scheduler}{rules if 'piece' in args.lr_scheduler else ''}"):
+        rehearsal = make_lr_scheduler(args, torch.optim.SGD([torch.zeros(1)], lr=args.learning_rate))
+        for step in (args.lr_warmup_steps, args.max_train_steps):
+            rehearsal.lr_lambdas[0](step)
     trainer_state = make_trainer_state(args, global_batch_size, inspected)
     if checkpoint:
         run_on_main(accelerator, check_resume, checkpoint, saved_state, trainer_state)
 
     # Encoders and caches
-    model_dir = args.pretrained_model_name_or_path
-    if not os.path.isdir(model_dir):
-        with accelerator.main_process_first():
-            model_dir = download_model(args)
+    run_on_each(accelerator, download_model, args, model_dir)
     encoder_digests = None
     if args.cache_latents or args.cache_prompt_embeds:
         encoder_digests = run_on_main(accelerator, digest_encoders, args, model_dir, weight_dtype)
@@ -378,7 +373,7 @@ def main(args):
         args, train_dataset, model_dir, model_config, weight_dtype, prompts, device
     )
     null_embeds = {name: tensor[None].to(device) for name, tensor in prompt_embeds[""].items()}
-    free_memory()
+    training_utils.free_memory()
 
     # Model and optimizer
     with loading(args.pretrained_model_name_or_path, checkpoint):
@@ -401,9 +396,12 @@ def main(args):
         transformer.forward = accelerator.autocast()(transformer.forward)  # see `make_accelerator`
     ema = None
     if args.use_ema:
-        ema = EMAModel(parameters, decay=args.ema_decay)
+        ema = training_utils.EMAModel(parameters, decay=args.ema_decay)
         ema.to("cpu" if args.offload_ema else device, dtype=torch.float32)  # bf16 would lose its small steps
-    register_checkpoint_hooks(accelerator, transformer)
+    # Of the model, a checkpoint has what `save_transformer` writes, and `load_transformer` reads it.
+    write = functools.partial(save_transformer, accelerator, transformer)
+    accelerator.register_save_state_pre_hook(lambda models, weights, folder: (write(folder), weights.clear()))
+    accelerator.register_load_state_pre_hook(lambda models, folder: models.clear())
     if checkpoint:
         with loading(args.pretrained_model_name_or_path, checkpoint):
             accelerator.load_state(checkpoint)
@@ -420,9 +418,14 @@ def main(args):
     if args.report_to != "none":
         tracked = {k: v if isinstance(v, (int, float, str)) else str(v) for k, v in public_arguments(args).items()}
         accelerator.init_trackers(Path(__file__).stem, tracked)
-    logger.info(f"{sum(p.numel() for p in parameters):,} trained parameters, {args.max_train_steps} steps")
+    epochs = args.max_train_steps * global_batch_size / len(inspected)
+    logger.info(
+        f"{sum(p.numel() for p in parameters):,} trained parameters, {args.max_train_steps} steps, {epochs:.1f} epochs"
+    )
+    logger.info(f"Checkpoints and the result: {args.output_dir}; caches: {args.cache_dir}")
 
     # Training
+    validating = args.validation_prompt and args.num_validation_images > 0
     signals = collect_stop_signals()
     hidden = not accelerator.is_main_process
     progress = tqdm(desc="Training", total=args.max_train_steps, initial=global_step, unit="step", disable=hidden)
@@ -454,10 +457,11 @@ def main(args):
         checked = logs if accelerator.scaler is None else logs.keys() - {"grad_norm"}
         if not all(math.isfinite(logs[name]) for name in checked):
             skipped_steps += 1
-            what = f"step {global_step + 1}: not finite ({logs}); samples {', '.join(gather_object(names))}"
+            names = ", ".join(accelerate.utils.gather_object(names))
+            what = f"step {global_step + 1}: not finite ({logs}); samples {names}"
             if skipped_steps > args.max_skipped_steps:
-                saved = sorted(Path(args.output_dir).glob("checkpoint-*"), key=checkpoint_step)
-                fail(f"{what}. The step was not taken. Last checkpoint: {saved[-1] if saved else 'none'}")
+                saved = (checkpoints(args.output_dir) or ["none"])[-1]
+                fail(f"{what}. The step was not taken. Last checkpoint: {saved}")
             logger.warning(f"Skipped {what}")
         else:
             skipped_steps = 0
@@ -485,7 +489,7 @@ def main(args):
             accelerator.end_training()
             logger.info(f"Stopped by a signal after step {global_step}; --resume_from_checkpoint latest goes on.")
             sys.exit(EXIT_INTERRUPTED)
-        if args.validation_prompt and global_step % args.validation_steps == 0 and global_step < args.max_train_steps:
+        if validating and global_step % args.validation_steps == 0 and global_step < args.max_train_steps:
             with averaged_weights(ema, parameters):
                 log_validation(args, accelerator, transformer, vae, model_dir, prompt_embeds, global_step, signals)
     progress.close()
@@ -494,7 +498,7 @@ def main(args):
     # Result
     samples = {}
     with averaged_weights(ema, parameters):
-        if args.validation_prompt and not args.skip_final_inference:
+        if validating and not args.skip_final_inference:
             samples = log_validation(args, accelerator, transformer, vae, model_dir, prompt_embeds, global_step)
         save_result(args, accelerator, transformer, samples)
     accelerator.wait_for_everyone()
@@ -502,8 +506,6 @@ def main(args):
 
 
 # Arguments and errors
-
-
 def check_args(parser, args):
     """End with `parser`'s one line and code 2 where arguments that are each right do not go together."""
     sources = ("dataset_name", "train_data_dir", "jsonl_path")
@@ -512,9 +514,9 @@ def check_args(parser, args):
         parser.error(f"give exactly one of --dataset_name, --train_data_dir and --jsonl_path (got {given or 'none'})")
     if (args.jsonl_path is None) != (args.image_dir is None):
         parser.error("--jsonl_path and --image_dir belong together: give both or none")
-    for flag in ("train_data_dir", "image_dir", "jsonl_path"):
-        path, kind = getattr(args, flag), "file" if flag == "jsonl_path" else "folder"
-        if path is not None and not (os.path.isfile(path) if kind == "file" else os.path.isdir(path)):
+    for flag, kind in (("train_data_dir", "folder"), ("image_dir", "folder"), ("jsonl_path", "file")):
+        path, is_there = getattr(args, flag), os.path.isdir if kind == "folder" else os.path.isfile
+        if path is not None and not is_there(path):
             parser.error(f"--{flag} {path}: no such {kind}")
     try:
         buckets = training_sizes(args)
@@ -539,36 +541,23 @@ def check_args(parser, args):
 def training_sizes(args):
     """The sizes (height, width) in pixels that an image may be trained at. `ValueError`: malformed buckets."""
     if args.aspect_ratio_buckets:
-        return parse_buckets_string(args.aspect_ratio_buckets)
+        return training_utils.parse_buckets_string(args.aspect_ratio_buckets)
     if args.use_aspect_ratio_buckets:
-        return generate_aspect_ratio_buckets(args.resolution)
+        return training_utils.generate_aspect_ratio_buckets(args.resolution)
     return [(args.resolution, args.resolution)]
 
 
-def between(minimum, maximum, kind=float):
-    """Argparse type: a finite number from `minimum` to `maximum`."""
+def number(kind=float, low=-math.inf, high=math.inf):
+    """Argparse type: a finite number from `low` to `high`."""
 
     def parse(text):
         value = kind(text)
-        if not (minimum <= value <= maximum and math.isfinite(value)):
-            bounds = f"from {minimum} to {maximum}" if maximum < math.inf else f"at least {minimum}"
-            raise argparse.ArgumentTypeError(f"must be {bounds}, got {text}")
+        if not (low <= value <= high and math.isfinite(value)):
+            raise argparse.ArgumentTypeError(f"must be a finite number from {low} to {high}, got {text}")
         return value
 
     parse.__name__ = kind.__name__  # argparse names the type when `kind` itself refuses the text
     return parse
-
-
-def at_least(minimum, kind=int):
-    """Argparse type: a finite number not below `minimum`."""
-    return between(minimum, math.inf, kind)
-
-
-def finite(text):
-    """Argparse type: any finite number."""
-    if not math.isfinite(value := float(text)):
-        raise argparse.ArgumentTypeError(f"must be finite, got {text}")
-    return value
 
 
 def public_arguments(args):
@@ -596,6 +585,24 @@ def failing_with(what):
         fail(f"{what}: {str(error.__cause__ or error)[:500]}")
 
 
+def ask_hub(what, function, name, **options):
+    """Call `function(name)`, and again after growing pauses while the hub fails; what lasts gives one line."""
+    errors = huggingface_hub.errors
+    for pause in (2, 8, 30, None):
+        try:
+            return function(name, **options)
+        except errors.GatedRepoError:
+            fail(f"{what}: it is gated. Accept its licence on https://huggingface.co/{name}, then `hf auth login`")
+        except Exception as error:  # no answer, a server's error, or another, which will not pass
+            answer, library = getattr(error, "response", None), type(error).__module__.split(".")[0]
+            silent = isinstance(error, errors.LocalEntryNotFoundError) or library.startswith("httpx")
+            passing = silent if answer is None else answer.status_code >= 500
+            if not passing or pause is None or huggingface_hub.constants.HF_HUB_OFFLINE:
+                fail(f"{what}: {str(error)[:500]}")
+        logger.warning(f"The hub does not answer, or with an error of its own; trying again in {pause} seconds.")
+        time.sleep(pause)
+
+
 def loading(name, checkpoint=None):
     """Around the loading of weights: a missing, pickled or broken file of the model or checkpoint gives one line."""
     if checkpoint:
@@ -611,15 +618,21 @@ def run_on_main(accelerator, function, *inputs):
             outcome[0] = function(*inputs)
         except SystemExit as error:
             outcome[1] = str(error)
-    broadcast_object_list(outcome)
+    accelerate.utils.broadcast_object_list(outcome)
     if outcome[1]:
         raise SystemExit(outcome[1])
     return outcome[0]
 
 
+def run_on_each(accelerator, function, *inputs):
+    """[`run_on_main`], then on the others: they may be on machines with files and caches of their own."""
+    results = []
+    run_on_main(accelerator, lambda: results.append(function(*inputs)))  # nothing to broadcast but an error
+    with accelerator.local_main_process_first():
+        return results[0] if results else function(*inputs)
+
+
 # Setup
-
-
 def make_accelerator(args):
     """The `Accelerator`, and the logs; refuses what the launcher's configuration and the arguments cannot do both."""
     with failing_with("--mixed_precision"):
@@ -627,17 +640,18 @@ def make_accelerator(args):
             mixed_precision=args.mixed_precision,
             gradient_accumulation_steps=args.gradient_accumulation_steps,
             log_with=None if args.report_to == "none" else args.report_to,
-            project_config=ProjectConfiguration(args.output_dir, logging_dir=os.path.join(args.output_dir, "logs")),
+            project_config=accelerate.utils.ProjectConfiguration(
+                args.output_dir, os.path.join(args.output_dir, "logs")
+            ),
             kwargs_handlers=[
                 # SD3.5's position table is a buffer of 0.9 GB that never changes: do not send it at every forward.
-                DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
+                accelerate.utils.DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
                 # Others wait while the main process checks the images; a process that dies is ended by its launcher.
-                InitProcessGroupKwargs(timeout=datetime.timedelta(hours=12)),
+                accelerate.utils.InitProcessGroupKwargs(timeout=datetime.timedelta(hours=12)),
             ],
         )
     deepspeed = accelerator.state.deepspeed_plugin
-    if deepspeed is not None:
-        # Read from a prepared data loader otherwise.
+    if deepspeed is not None:  # it would read this from a prepared data loader
         deepspeed.deepspeed_config["train_micro_batch_size_per_gpu"] = args.train_batch_size
         if args.use_ema:
             fail("--use_ema does not work with DeepSpeed, which hides its float32 weights; use FSDP2 (fsdp2.yaml)")
@@ -649,8 +663,8 @@ def make_accelerator(args):
         fail("--mixed_precision fp16 needs a GPU; use bf16 or no on a CPU")
     if args.full_bf16 and (accelerator.mixed_precision != "bf16" or accelerator.is_fsdp2 or deepspeed is not None):
         fail("--full_bf16 needs --mixed_precision bf16, and one GPU or DDP: FSDP2 and DeepSpeed keep float32 weights")
-    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S", level=logging.INFO)
-    logging.getLogger("accelerate").setLevel(logging.WARNING)
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S")
+    logger.setLevel(logging.INFO)  # of this script alone
     for library in (datasets, diffusers, transformers):
         library.utils.logging.set_verbosity_error()
     torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
@@ -666,44 +680,50 @@ def make_folders(output_dir, cache_dir):
 
 
 # Model and optimizer
+def fetch(flag, name, patterns, token, revision=None):
+    """The folder `name` that a flag gives, or the hub's of that name, with the files that fit `patterns` fetched."""
+    if os.path.isdir(name):
+        return name
+    if os.path.isfile(name):
+        code = "from diffusers import StableDiffusion3Pipeline as P; P.from_single_file"
+        fail(f"--{flag} {name} is one file. Make a folder of it in Python: {code}({name!r}).save_pretrained('FOLDER')")
+    options = {"allow_patterns": patterns, "token": token, "revision": revision}
+    return ask_hub(f"--{flag} {name} cannot be loaded", huggingface_hub.snapshot_download, name, **options)
 
 
 def check_model(args):
     """
     Read the configs of the pipeline's parts and refuse what these scripts cannot train, before any weights load.
-
-    Returns:
-        `dict`: `shift`, and the sizes that data and caches depend on.
+    Returns the model's `folder`, `shift`, and the sizes that data and caches depend on.
     """
-    name, hub = args.pretrained_model_name_or_path, {"revision": args.revision, "token": args.hub_token}
+    name = args.pretrained_model_name_or_path
+    model_dir = fetch("pretrained_model_name_or_path", name, "*.json", args.hub_token, args.revision)
+    started = args.transformer and fetch("transformer", args.transformer, "transformer/*.json", args.hub_token)
     with failing_with(f"--pretrained_model_name_or_path {name} is not a Stable Diffusion 3 pipeline"):
-        class_name = StableDiffusion3Pipeline.load_config(name, **hub).get("_class_name", "")
-        if not class_name.startswith("StableDiffusion3"):
+        if not StableDiffusion3Pipeline.load_config(model_dir)["_class_name"].startswith("StableDiffusion3"):
             raise ValueError("its model_index.json names another pipeline")
-        transformer = SD3Transformer2DModel.load_config(name, subfolder="transformer", **hub)
-        scheduler = diffusers.FlowMatchEulerDiscreteScheduler.load_config(name, subfolder="scheduler", **hub)
-        vae = AutoencoderKL.load_config(name, subfolder="vae", **hub)
-        if os.path.isdir(name):
-            for part in ("transformer", "vae", *text_parts(args.no_text_encoder_3)):
-                is_model = Path(name, part, "config.json").is_file()  # and not a tokenizer
-                if is_model and not any(Path(name, part).glob("*.safetensors")):
-                    raise ValueError(f"{part} has no weights as safetensors, and pickled ones are not loaded")
+        transformer = SD3Transformer2DModel.load_config(started or model_dir, subfolder="transformer")
+        scheduler = diffusers.FlowMatchEulerDiscreteScheduler.load_config(model_dir, subfolder="scheduler")
+        vae = AutoencoderKL.load_config(model_dir, subfolder="vae")
+        for part in ("transformer", "vae", *text_parts(args.no_text_encoder_3)) if model_dir == name else ():
+            is_model = Path(name, part, "config.json").is_file()  # and not a tokenizer
+            if is_model and not any(Path(name, part).glob("*.safetensors")):
+                raise ValueError(f"{part} has no weights as safetensors, and pickled ones are not loaded")
         vae_scale_factor = 2 ** (len(vae["block_out_channels"]) - 1)
-        divisor = vae_scale_factor * transformer["patch_size"]
-        max_side = divisor * transformer["pos_embed_max_size"]
+        patch, dim = vae_scale_factor * transformer["patch_size"], transformer["joint_attention_dim"]
+        model_config = {
+            "folder": model_dir,
+            "shift": scheduler.get("shift", 1.0),
+            "latent_channels": vae["latent_channels"],
+            "vae_scale_factor": vae_scale_factor,
+            "divisor": math.lcm(16, patch),
+            "max_side": patch * transformer["pos_embed_max_size"],
+            "joint_attention_dim": dim,
+            "embeds_size": dim * (77 + args.max_sequence_length) + transformer["pooled_projection_dim"],
+        }
     if scheduler.get("use_dynamic_shifting"):
         fail(f"{name}: its scheduler uses dynamic shifting; these scripts need a constant `shift`, as SD3.5 has")
     trained_layers(args, transformer)
-    model_config = {
-        "shift": scheduler.get("shift", 1.0),
-        "latent_channels": vae["latent_channels"],
-        "vae_scale_factor": vae_scale_factor,
-        "divisor": divisor,
-        "max_side": max_side,
-        "joint_attention_dim": transformer["joint_attention_dim"],
-        "embeds_size": transformer["joint_attention_dim"] * (77 + args.max_sequence_length)
-        + transformer["pooled_projection_dim"],
-    }
     for side in {args.resolution, *itertools.chain(*training_sizes(args))}:
         check_side(side, model_config, "--resolution or --aspect_ratio_buckets")
     return model_config
@@ -711,27 +731,24 @@ def check_model(args):
 
 def check_side(side, model_config, what):
     """Refuse an image side, in pixels, that the model cannot take; `what` names where it came from."""
-    divisor, max_side = math.lcm(16, model_config["divisor"]), model_config["max_side"]
+    divisor, max_side = model_config["divisor"], model_config["max_side"]
     if side % divisor or not 0 < side <= max_side:
         fail(f"{what}: side {side} must be divisible by {divisor} and at most {max_side} for this model")
 
 
-def download_model(args):
-    """The hub's pipeline, in its local cache; without what this run does not need. Returns its folder."""
-    name = args.pretrained_model_name_or_path
+def download_model(args, model_dir):
+    """Fetch from the hub what this run needs of the model and the cache does not hold, and nothing else."""
+    unused = {*TEXT_PARTS} - {*text_parts(args.no_text_encoder_3)} | ({"transformer"} if args.transformer else set())
     hub = {"revision": args.revision, "variant": args.variant, "token": args.hub_token}
-    unused = dict.fromkeys({*TEXT_PARTS} - {*text_parts(args.no_text_encoder_3)})
-    with loading(name):
-        return StableDiffusion3Pipeline.download(name, use_safetensors=True, **hub, **unused)
+    if model_dir != (name := args.pretrained_model_name_or_path):
+        what, options = f"--pretrained_model_name_or_path {name} cannot be loaded", hub | dict.fromkeys(unused)
+        ask_hub(what, StableDiffusion3Pipeline.download, name, use_safetensors=True, **options)
 
 
 def trained_layers(args, config):
-    """
-    Names of the layers that get a LoRA. Refuses names that the model does not have, and a wrong quantisation.
-
-    Args:
-        config (`dict`): Of the transformer.
-    """
+    """Names of the layers that get a LoRA. Refuses names that the model does not have, and a wrong quantisation."""
+    if args.lora and (args.rank != 32 or args.lora_alpha or args.lora_dropout or args.lora_layers or args.lora_blocks):
+        fail(f"--lora {args.lora} has a rank, an alpha and layers: leave out --rank and all --lora_ flags")
     if args.bnb_quantization_config_path:
         what = f"--bnb_quantization_config_path {args.bnb_quantization_config_path}"
         with failing_with(what), open(args.bnb_quantization_config_path) as file:
@@ -742,74 +759,63 @@ def trained_layers(args, config):
             fail(f"{what}: bitsandbytes quantises on a GPU, and there is none")
     with torch.device("meta"):
         skeleton = SD3Transformer2DModel.from_config(config, pos_embed_max_size=config["sample_size"])
-    kinds = (torch.nn.Linear, torch.nn.Conv2d)
-    linear = [name for name, module in skeleton.named_modules() if isinstance(module, kinds)]
-    attentions = {"attn": ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")}
-    attentions["attn2"] = attentions["attn"][:4]  # the second attention of SD3.5-Medium's first blocks
-    layers = [f"{attention}.{layer}" for attention, layers in attentions.items() for layer in layers]
-    if args.lora_layers:
-        layers = [layer.strip() for layer in args.lora_layers.split(",")]
-    blocks = [""]
+    kinds = torch.nn.Linear, torch.nn.Conv2d
+    layers = [name for name, module in skeleton.named_modules() if isinstance(module, kinds)]
     if args.lora_blocks:
-        blocks = [f"transformer_blocks.{block.strip()}." for block in args.lora_blocks.split(",")]
-    for block in blocks:
-        if not any(name.startswith(block) for name in linear):
-            fail(f"--lora_blocks {args.lora_blocks}: this model has no {block.rstrip('.')}")
-    found = {
-        layer: [n for n in linear if f".{n}".endswith(f".{layer}") and n.startswith(tuple(blocks))] for layer in layers
-    }
-    missing = [layer for layer, names in found.items() if not names]
-    if args.lora_layers and missing:
-        fail(f"--lora_layers {args.lora_layers}: no layer of these blocks is called {', '.join(missing)}")
-    return sorted({name for names in found.values() for name in names})
+        blocks = tuple(f"transformer_blocks.{block.strip()}." for block in args.lora_blocks.split(","))
+        if missing := [block for block in blocks if not any(name.startswith(block) for name in layers)]:
+            fail(f"--lora_blocks {args.lora_blocks}: this model has no {missing[0].rstrip('.')}")
+        layers = [name for name in layers if name.startswith(blocks)]
+    if not args.lora_layers:
+        return [name for name in layers if ".attn" in name]  # SD3.5-Medium has a second one, attn2, in half the blocks
+    wanted = tuple(f".{layer.strip()}" for layer in args.lora_layers.split(","))
+    if missing := [end for end in wanted if not any(f".{name}".endswith(end) for name in layers)]:
+        fail(f"--lora_layers {args.lora_layers}: no layer of these blocks is called {missing[0].lstrip('.')}")
+    return [name for name in layers if f".{name}".endswith(wanted)]
 
 
 def load_transformer(args, model_dir, weight_dtype, checkpoint=None):
     """
-    The frozen transformer, quantised where asked, with a float32 LoRA, taken from `checkpoint` where there is one.
-
-    Args:
-        model_dir (`str`): Local pipeline folder.
-        weight_dtype (`torch.dtype`): Of the frozen weights.
-        checkpoint (`str`, *optional*): Folder that [`save_transformer`] wrote.
-
-    Returns:
-        `SD3Transformer2DModel`: its trainable parameters have `requires_grad`.
+    The `SD3Transformer2DModel` to train: frozen in `weight_dtype`, quantised where asked, with a LoRA in float32; this
+    from `checkpoint`, which [`save_transformer`] wrote, where there is one.
     """
     quantization_config = None
     if args.bnb_quantization_config_path:
         with open(args.bnb_quantization_config_path) as file:
             quantization_config = diffusers.BitsAndBytesConfig(**json.load(file))
     transformer = SD3Transformer2DModel.from_pretrained(
-        model_dir,
+        args.transformer or model_dir,
         subfolder="transformer",
-        variant=args.variant,
+        variant=None if args.transformer else args.variant,
         dtype=weight_dtype,
         quantization_config=quantization_config,
+        token=args.hub_token,
         use_safetensors=True,
     ).requires_grad_(False)
     torch.manual_seed(args.seed)
-    lora_config = LoraConfig(
-        r=args.rank,
-        lora_alpha=args.rank if args.lora_alpha is None else args.lora_alpha,
-        lora_dropout=args.lora_dropout,
-        init_lora_weights="gaussian",
-        target_modules=trained_layers(args, transformer.config),
-        use_dora=args.use_dora,
-    )
-    transformer.add_adapter(lora_config)
-    diffusers.training_utils.cast_training_params(transformer)
-    if checkpoint:
-        state = load_file(os.path.join(checkpoint, "pytorch_lora_weights.safetensors"))
-        state = {name.removeprefix("transformer."): tensor for name, tensor in state.items()}
-        set_peft_model_state_dict(transformer, state)
+    if started := checkpoint or args.lora:  # its file says what layers and ranks it has
+        source = {"weight_name": "pytorch_lora_weights.safetensors", "token": args.hub_token}
+        transformer.load_lora_adapter(started, adapter_name="default", **source)
+        if not getattr(transformer, "peft_config", None):  # diffusers only logs it
+            raise ValueError(f"--lora {args.lora} holds nothing for the transformer")
+    else:
+        lora_config = LoraConfig(
+            r=args.rank,
+            lora_alpha=args.rank if args.lora_alpha is None else args.lora_alpha,
+            lora_dropout=args.lora_dropout,
+            init_lora_weights="gaussian",
+            target_modules=trained_layers(args, transformer.config),
+            use_dora=args.use_dora,
+        )
+        transformer.add_adapter(lora_config)
+    training_utils.cast_training_params(transformer)
     return transformer
 
 
-def save_transformer(accelerator, transformer, folder):
+def save_transformer(accelerator, transformer, folder, dtype=None):
     """
-    Write the LoRA to `folder/pytorch_lora_weights.safetensors`, with rank, alpha and layers in its metadata. Every
-    process must call it.
+    Write the LoRA to `folder/pytorch_lora_weights.safetensors`: a result as `dtype`, with alpha / rank in its weights,
+    as other programs read no metadata; a checkpoint's as it is trained. Every process must call it.
 
     Returns:
         `str`: the lines of Python, for the model card, that make a pipeline of `base` and the folder `result`.
@@ -817,12 +823,20 @@ def save_transformer(accelerator, transformer, folder):
     state = accelerator.get_state_dict(transformer)  # gathered, where the weights are sharded over the processes
     if accelerator.is_main_process:
         unwrapped = accelerator.unwrap_model(transformer)
-        StableDiffusion3Pipeline.save_lora_weights(
-            folder,
-            transformer_lora_layers=get_peft_model_state_dict(unwrapped, state),
-            # Pipelines load adapters in training mode: a dropout rate in the file would be at work in inference.
-            transformer_lora_adapter_metadata=unwrapped.peft_config["default"].to_dict() | {"lora_dropout": 0.0},
-        )
+        state, config = get_peft_model_state_dict(unwrapped, state), unwrapped.peft_config["default"].to_dict()
+        config["target_modules"] = sorted(config["target_modules"])  # a set has another order each time
+        if dtype is not None:
+            scales = {n: m.scaling["default"] for n, m in unwrapped.named_modules() if hasattr(m, "scaling")}
+            for name in state:
+                layer, part, _ = name.partition(".lora_B.")
+                state[name] = (state[name] * (scales[layer] if part else 1)).to(dtype)
+            config |= {"lora_alpha": config["r"], "alpha_pattern": config["rank_pattern"], "use_rslora": False}
+            config["lora_dropout"] = 0.0  # pipelines load adapters in training mode, with the dropout at work
+        state, config = ({f"transformer.{name}": value for name, value in d.items()} for d in (state, config))
+        # Not by the pipeline's `save_lora_weights`: with a second entry the metadata have another order each time.
+        metadata = {"lora_adapter_metadata": json.dumps(config, sort_keys=True)}
+        os.makedirs(folder, exist_ok=True)
+        save_file(state, os.path.join(folder, "pytorch_lora_weights.safetensors"), metadata)
     return (
         "pipeline = StableDiffusion3Pipeline.from_pretrained(base, dtype=torch.bfloat16)\n"
         "pipeline.load_lora_weights(result)"
@@ -831,8 +845,8 @@ def save_transformer(accelerator, transformer, folder):
 
 def predict_velocity(transformer, batch, noisy_latents, sigma, samples=slice(None), null=False):
     """
-    The velocity that [`training_losses`] asks for: of states `noisy_latents` `(N, C, H, W)` at `sigma` `(N,)`, under
-    the captions of the batch, of [`prepare_batch`], or of its `samples`, as many; with `null` under the empty caption.
+    The velocity that [`training_losses`] asks for: of states `(N, C, H, W)` at `sigma` `(N,)`, under the captions of
+    `samples` `(N,)` of a batch of [`prepare_batch`], or with `null` under the empty one.
     """
     kind = "null_" if null else ""
     return transformer(
@@ -859,14 +873,8 @@ def make_optimizer(args, parameters):
     if args.optimizer == "prodigy":
         from prodigyopt import Prodigy
 
-        return Prodigy(
-            parameters,
-            **common,
-            beta3=args.prodigy_beta3,
-            decouple=args.prodigy_decouple,
-            use_bias_correction=args.prodigy_use_bias_correction,
-            safeguard_warmup=args.prodigy_safeguard_warmup,
-        )
+        names = ("beta3", "decouple", "use_bias_correction", "safeguard_warmup")
+        return Prodigy(parameters, **common, **{name: getattr(args, f"prodigy_{name}") for name in names})
     if args.use_8bit_adam:
         from bitsandbytes.optim import AdamW8bit
 
@@ -882,46 +890,25 @@ def make_optimizer(args, parameters):
 
 def make_lr_scheduler(args, optimizer, steps_done=0):
     """The learning rate's schedule, from optimizer step `steps_done` on."""
-    return get_scheduler(
-        args.lr_scheduler,
-        optimizer,
-        step_rules=args.lr_step_rules,
-        num_warmup_steps=args.lr_warmup_steps,
-        num_training_steps=args.max_train_steps,
-        num_cycles=args.lr_num_cycles,
-        power=args.lr_power,
-        last_epoch=steps_done - 1,
-    )
-
-
-def rehearse_lr_scheduler(args):
-    """Refuse a schedule that cannot be made, or fails on its way, before anything loads."""
-    hint = f"--lr_step_rules {args.lr_step_rules} (want such as 1:10,0.1:20,0.01)"
-    if args.lr_scheduler != "piecewise_constant":
-        hint = "with its --lr_ arguments and --learning_rate"
-    with failing_with(f"--lr_scheduler {args.lr_scheduler}, {hint}"):
-        rehearsal = make_lr_scheduler(args, torch.optim.SGD([torch.zeros(1)], lr=args.learning_rate))
-        for step in (args.lr_warmup_steps, args.max_train_steps):
-            rehearsal.lr_lambdas[0](step)
+    options = {"step_rules": args.lr_step_rules, "num_cycles": args.lr_num_cycles, "power": args.lr_power}
+    steps = {"num_warmup_steps": args.lr_warmup_steps, "num_training_steps": args.max_train_steps}
+    return get_scheduler(args.lr_scheduler, optimizer, **options, **steps, last_epoch=steps_done - 1)
 
 
 @contextlib.contextmanager
 def averaged_weights(ema, parameters):
     """Inside the block the model holds the averaged weights, where there is an average."""
-    if ema is None:
-        yield
-        return
-    ema.store(parameters)
-    ema.copy_to(parameters)
+    if ema is not None:
+        ema.store(parameters)
+        ema.copy_to(parameters)
     try:
         yield
     finally:
-        ema.restore(parameters)
+        if ema is not None:
+            ema.restore(parameters)
 
 
 # Data
-
-
 def load_images(args):
     """
     The images, not yet decoded, and their captions, from whichever of the three sources was given.
@@ -930,59 +917,105 @@ def load_images(args):
         `datasets.Dataset`: columns `image` (`{"path", "bytes"}`), `caption` (`str`), and `height` and `width`, the
         size in pixels that the source asks for, or 0.
     """
-    if args.jsonl_path is not None:
-        rows = datasets.Dataset.from_list(list(read_jsonl(args.jsonl_path, args.image_dir)))
-    else:
-        source, split = args.dataset_name or args.train_data_dir, "train"
-        with failing_with(f"{'--dataset_name' if args.dataset_name else '--train_data_dir'} {source}"):
-            for metadata in Path(source).rglob("metadata.jsonl") if os.path.isdir(source) else ():
-                list(read_json_lines(metadata))  # `datasets` names no line, and can crash on one that is no object
-            if args.dataset_name:
-                rows = datasets.load_dataset(source, args.dataset_config_name, split=split)
-            else:
-                rows = datasets.load_dataset("imagefolder", data_dir=source, split=split)
-        for flag in ("image_column", "caption_column"):
-            if getattr(args, flag) not in rows.column_names:
-                fail(f"--{flag} {getattr(args, flag)}: {source} has the columns {', '.join(rows.column_names)}")
-        rows = rows.select_columns([args.image_column, args.caption_column])
-        rows = rows.rename_columns({args.image_column: "image", args.caption_column: "caption"})
-        with failing_with(f"--image_column {args.image_column} of {source} holds no images"):
-            rows = rows.cast_column("image", datasets.Image(decode=False))
-        with failing_with(f"--caption_column {args.caption_column} of {source} holds no text"):
-            rows = rows.cast_column("caption", datasets.Value("string"))
-        captions = [caption or "" for caption in rows["caption"]]
-        rows = rows.remove_columns("caption").add_column("caption", captions)
-        rows = rows.add_column("height", [0] * len(rows)).add_column("width", [0] * len(rows))
-        if args.train_data_dir:
-            for image in rows["image"]:
-                if image is not None and not is_inside(image["path"], source):
-                    fail(f"{image['path']} leads out of --train_data_dir")
-            suffixes = Image.registered_extensions()
-            unlisted = sum(file.suffix.lower() in suffixes for file in Path(source).rglob("*")) - len(rows)
-            if unlisted > 0:
-                logger.warning(f"{unlisted} images in {source} are not listed in its metadata and are not used.")
+    default = args.instance_prompt or ""
+    if args.dataset_name is None:
+        if args.jsonl_path is not None:
+            records = read_jsonl(args.jsonl_path, args.image_dir)
+        else:
+            image_column = "file_name" if args.image_column == "image" else args.image_column
+            records = read_folder(args.train_data_dir, image_column, args.caption_column, args.instance_prompt)
+        rows = list(itertools.islice(records, args.max_train_samples))
+        columns = {name: [row[i] for row in rows] for i, name in enumerate(("image", "caption", "height", "width"))}
+        columns["image"] = [{"path": str(path), "bytes": None} for path in columns["image"]]
+        columns["caption"] = [caption or default for caption in columns["caption"]]
+        return datasets.Dataset.from_dict(columns)
+
+    load = functools.partial(datasets.load_dataset, name=args.dataset_config_name, split="train", token=args.hub_token)
+    rows = ask_hub(f"--dataset_name {args.dataset_name}", load, args.dataset_name)
     if args.max_train_samples is not None:
         rows = rows.select(range(min(args.max_train_samples, len(rows))))
-    return rows
+    for flag in ("image_column", "caption_column"):
+        column, others = getattr(args, flag), ", ".join(rows.column_names)
+        if column not in rows.column_names and not (flag == "caption_column" and args.instance_prompt):
+            fail(f"--{flag} {column}: {args.dataset_name} has the columns {others}; give the one that is meant")
+    with failing_with(f"--image_column {args.image_column} of {args.dataset_name} holds no images"):
+        images = rows.select_columns(args.image_column).cast_column(args.image_column, datasets.Image(decode=False))
+        images = images.rename_columns({args.image_column: "image"})
+    captions = [None] * len(rows)
+    if args.caption_column in rows.column_names:
+        with failing_with(f"--caption_column {args.caption_column} of {args.dataset_name} holds no text"):
+            captions = rows.cast_column(args.caption_column, datasets.Value("string"))[args.caption_column]
+    images = images.add_column("caption", [caption or default for caption in captions])
+    return images.add_column("height", [0] * len(rows)).add_column("width", [0] * len(rows))
+
+
+def read_folder(folder, image_column, caption_column, instance_prompt):
+    """
+    Yield path, caption, height and width of each image of --train_data_dir: of those that its metadata lists, in that
+    order, with the captions there; without metadata of all, each with the text of NAME.txt beside it.
+    """
+    names = [Path(at, name) for at, _, files in sorted(os.walk(folder)) for name in sorted(files) if name[0] != "."]
+    suffixes = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+    images = [path for path in names if path.suffix.lower() in suffixes]
+    texts = {path.with_suffix(""): path for path in names if path.suffix.lower() == ".txt"}
+    texts = {path: texts[path.with_suffix("")] for path in images if path.with_suffix("") in texts}
+    metadata = [path for path in names if path.name in ("metadata.jsonl", "metadata.csv")]
+    if metadata and texts:
+        fail(f"--train_data_dir {folder} has {metadata[0].name} and captions in .txt files: remove one of them")
+    if any(re.match(r"\d+_", path.parent.name) for path in images):
+        logger.info(f"Folder names in {folder}, such as 10_name, mean nothing here: every image comes once an epoch.")
+    listed = 0
+    for path in metadata:
+        for where, record in (read_csv if path.suffix == ".csv" else read_json_lines)(path):
+            listed += 1
+            for flag, column in (("image_column", image_column), ("caption_column", caption_column)):
+                if column not in record and not (flag == "caption_column" and instance_prompt):
+                    fail(f"--{flag} {column}: {where} has {', '.join(record)}; give the one that is meant")
+            image, caption = path.parent / str(record[image_column]), record.get(caption_column)
+            if not is_inside(image, folder):
+                fail(f"{where}: {record[image_column]!r} leads out of --train_data_dir")
+            if not isinstance(caption, str | int | float | None):
+                fail(f"{where}: the caption is no text: {caption!r}")
+            yield image, None if caption is None else str(caption), 0, 0
+    if metadata and len(images) > listed:
+        logger.warning(f"{len(images) - listed} images in {folder} are not listed in its metadata and are not used.")
+    for image in () if metadata else images:
+        caption = instance_prompt
+        if image in texts:
+            with failing_with(f"{texts[image]} is no text in UTF-8"):
+                caption = " ".join(texts[image].read_text("utf-8-sig").split("\n")).strip()
+        if caption is None:
+            fail(f"{image} has no caption: write {image.stem}.txt beside it, or give --instance_prompt for all such")
+        if not is_inside(image, folder):
+            fail(f"{image} leads out of --train_data_dir")
+        yield image, caption, 0, 0
+
+
+def read_csv(path):
+    """Yield the place and the fields of each line of a CSV file below its header."""
+    with failing_with(f"{path} is no CSV file in UTF-8"), open(path, encoding="utf-8-sig", newline="") as file:
+        reader = csv.DictReader(file, skipinitialspace=True)
+        for record in reader:
+            if None in record or None in record.values():
+                fail(f"{path}, line {reader.line_num}: other fields than the header's; quote texts with commas")
+            yield f"{path}, line {reader.line_num}", record
 
 
 def read_jsonl(path, image_dir):
-    """Yield a row for [`load_images`] from each line of --jsonl_path, the format of the authors' code."""
+    """Yield path, caption, height and width from each line of --jsonl_path, the format of the authors' code."""
     image_dir = Path(image_dir).resolve()
     for where, record in read_json_lines(path):
         if not isinstance(record.get("md5"), str) or "caption_en" not in record:
             fail(f"{where} needs the fields `md5`, a text, and `caption_en`")
         height, width = record.get("bh") or 0, record.get("bw") or 0
-        if not all(isinstance(side, int) and side >= 0 and side % 16 == 0 for side in (height, width)):
-            fail(f"{where}: `bw` and `bh` must be whole numbers divisible by 16, got {width} and {height}")
-        if (height == 0) != (width == 0):
-            fail(f"{where}: give both `bw` and `bh`, or none")
+        whole = all(isinstance(side, int) and side >= 0 and side % 16 == 0 for side in (height, width))
+        if not whole or (height == 0) != (width == 0):
+            fail(f"{where}: `bw` and `bh` must be whole numbers divisible by 16, or left out: {width} and {height}")
         candidates = [image_dir / f"{record['md5']}{suffix}" for suffix in (".jpg", ".jpeg", ".png", ".webp")]
         image = next((file for file in candidates if os.path.isfile(file)), candidates[0])
         if len(record["md5"]) > 200 or not is_inside(image, image_dir):
             fail(f"{where}: `md5` {record['md5'][:200]!r} is no file name in --image_dir")
-        caption = choose_caption(record["caption_en"])
-        yield {"image": {"path": str(image), "bytes": None}, "caption": caption, "height": height, "width": width}
+        yield image, choose_caption(record["caption_en"]), height, width
 
 
 def read_json_lines(path):
@@ -1023,14 +1056,11 @@ def is_inside(path, folder):
 
 def inspect_images(args, model_config, rows):
     """
-    Decode every image once, so that a bad one is found now and not in the middle of the run, and choose its size.
-
-    Returns:
-        `list[dict]`: of each usable image its `row`, `name`, `digest`, `caption`, and the `size` (height, width) in
-        pixels to train at.
+    Decode every image once, so that a bad one is found now and not in the middle of the run. Of each usable one, a
+    `dict`: its `row`, `name`, `digest`, `caption`, and the `size` (height, width) in pixels to train at.
     """
     if len(rows) == 0:
-        fail("the data set is empty")
+        fail(f"{args.dataset_name or args.train_data_dir or args.jsonl_path} has no images")
     captions = rows["caption"][:]
     empty = sum(not caption.strip() for caption in captions)
     if empty == len(rows):
@@ -1043,7 +1073,7 @@ def inspect_images(args, model_config, rows):
     loader = torch.utils.data.DataLoader(
         rows["image"], batch_size=None, collate_fn=inspect_image, num_workers=args.dataloader_num_workers
     )
-    inspected = []
+    inspected, notes, scales = [], Counter(), []
     for row, found in enumerate(tqdm(loader, desc="Checking images", unit="image")):
         name = found["name"] or f"image {row} of the data set"
         if "error" in found:
@@ -1053,24 +1083,32 @@ def inspect_images(args, model_config, rows):
             continue
         size = heights[row], widths[row]
         if size == (0, 0):
-            size = buckets[find_nearest_bucket(*found["size"], buckets)]
+            size = buckets[training_utils.find_nearest_bucket(*found["size"], buckets)]
         for side in size:
             check_side(side, model_config, f"{name}: size in its data set")
         inspected.append({"row": row, "name": name, "digest": found["digest"], "caption": captions[row], "size": size})
+        notes.update(found["notes"])
+        scales.append(max(size[0] / found["size"][0], size[1] / found["size"][1]))
     sizes = Counter("{1}x{0}".format(*item["size"]) for item in inspected)
     logger.info(f"{len(inspected)} images, {len(rows) - len(inspected)} dropped; sizes {dict(sizes)}.")
+    if enlarged := sum(scale > 1 for scale in scales):
+        logger.warning(f"{enlarged} images are smaller than they are trained at: enlarged up to {max(scales):.1f} x.")
+    for note, number in notes.items():
+        logger.info(f"{number} images {note}.")
     return inspected
 
 
 def inspect_image(image):
-    """Name, size and digest of an image, or what is wrong with it; runs in data-loader workers."""
+    """Name, size, digest and peculiarities of an image, or what is wrong with it; runs in data-loader workers."""
     if image is None:
         return {"name": None, "error": "its row has none"}
     found = {"name": image["path"]}
     try:
         data = file_bytes(image)
         decoded = decode_image(data)
-        found |= {"size": (decoded.height, decoded.width), "digest": hashlib.sha256(data).hexdigest()}
+        found |= {"size": (decoded.height, decoded.width), "notes": decoded.info["notes"]}
+        # With what was made of its pixels: before that was done, the same file was another picture.
+        found["digest"] = "/".join([hashlib.sha256(data).hexdigest(), *decoded.info["notes"]])
     except Exception as error:  # a broken file raises whatever its decoder raises; the caller reports it
         found["error"] = f"{type(error).__name__}: {error}"
     return found
@@ -1083,21 +1121,35 @@ def file_bytes(image):
 
 def decode_image(data):
     """
-    Decode one image from the bytes of its file.
-
-    Returns:
-        `PIL.Image.Image`: RGB, and upright by its EXIF orientation.
-
-    Raises:
-        Whatever PIL raises on a broken file, and `PIL.Image.DecompressionBombWarning` on a giant one, undecoded.
+    Decode the bytes of an image's file to what a viewer shows, a `PIL.Image.Image`: upright by its EXIF orientation,
+    in sRGB by its colour profile, transparent parts over white; `info["notes"]` tells which of the latter two it was.
+    Raises whatever PIL does on a broken file, and `PIL.Image.DecompressionBombWarning` on a giant one, undecoded.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         with Image.open(io.BytesIO(data)) as opened:
-            upright = ImageOps.exif_transpose(opened)
-    if upright.mode.startswith("I"):  # 16 bits of grey, which `convert` would cut off at 255
-        upright = Image.fromarray((np.asarray(upright) / 257).clip(0, 255).astype(np.uint8))
-    return upright.convert("RGB")
+            image = ImageOps.exif_transpose(opened)
+    notes, profile, alpha = [], image.info.get("icc_profile"), None
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        alpha = image.getchannel("A")
+    if image.mode.startswith("I"):  # 16 bits of grey, which `convert` would cut off at 255
+        image = Image.fromarray((np.asarray(image) / 257).clip(0, 255).astype(np.uint8))
+    if profile:
+        try:
+            profile = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+            if "srgb" not in ImageCms.getProfileDescription(profile).lower():
+                image = image if image.mode in ("L", "CMYK") else image.convert("RGB")
+                image = ImageCms.profileToProfile(image, profile, ImageCms.createProfile("sRGB"), outputMode="RGB")
+                notes.append("were converted to sRGB from another colour profile")
+        except (ImageCms.PyCMSError, OSError):
+            notes.append("have a colour profile that cannot be read, and are taken as sRGB")
+    image = image.convert("RGB")
+    if alpha is not None and alpha.getextrema()[0] < 255:
+        image = Image.composite(image, Image.new("RGB", image.size, "white"), alpha)
+        notes.append("are transparent in parts, which are laid over white")
+    image.info["notes"] = notes
+    return image
 
 
 class TrainingImages(torch.utils.data.Dataset):
@@ -1174,18 +1226,12 @@ def collate(samples):
 
 class BucketBatchSampler:
     """
-    Endless batches of `(index, position)`, each of one image size, the same sequence on any number of processes.
+    Endless batches of `(index, position)`, each of one of the `sizes` of the samples, the same sequence on any number
+    of processes, of which each takes every `num_processes`-th batch, from batch `start` of the run on.
 
     Every bucket is an endless stream of shuffled passes, cut into full batches, so nothing is dropped or repeated:
     what does not fill a batch at the end of an epoch opens the bucket's next one. An epoch takes from each bucket the
     batches that end in it, in an order shuffled over the buckets; with one bucket the order is the stream itself.
-
-    Args:
-        sizes (`list[tuple[int, int]]`): Training size of each sample.
-        batch_size (`int`): Samples per batch.
-        seed (`int`): Of all shuffles.
-        start (`int`): Batches, over all processes, that the run has already used.
-        process_index, num_processes (`int`): This process takes every `num_processes`-th batch.
     """
 
     def __init__(self, sizes, batch_size, seed, start=0, process_index=0, num_processes=1):
@@ -1202,39 +1248,28 @@ class BucketBatchSampler:
         generator = torch.Generator().manual_seed(derive_seed(self.seed, *what))
         return [items[i] for i in torch.randperm(len(items), generator=generator)]
 
-    def __iter__(self):
-        batch_index = 0
+    def batches(self):
+        """Bucket and number therein of every batch of the run."""
         for epoch in itertools.count():
-            batches = [
-                (bucket, number)
-                for bucket, members in enumerate(self.buckets)
-                for number in range(
-                    epoch * len(members) // self.batch_size, (epoch + 1) * len(members) // self.batch_size
-                )
-            ]
-            if len(self.buckets) > 1:
-                batches = self.shuffled(batches, "batches", epoch)
-            for bucket, number in batches:
-                mine = (batch_index - self.start) % self.num_processes == self.process_index
-                if batch_index >= self.start and mine:
-                    yield [self.visit(bucket, number, batch_index, i) for i in range(self.batch_size)]
-                batch_index += 1
+            ends = [[(epoch + i) * len(members) // self.batch_size for i in (0, 1)] for members in self.buckets]
+            batches = [(bucket, number) for bucket, end in enumerate(ends) for number in range(*end)]
+            yield from self.shuffled(batches, "batches", epoch) if len(self.buckets) > 1 else batches
 
-    def visit(self, bucket, number, batch_index, i):
-        epoch, place = divmod(number * self.batch_size + i, len(self.buckets[bucket]))
-        return self.order(bucket, epoch)[place], batch_index * self.batch_size + i
+    def __iter__(self):
+        mine = itertools.islice(enumerate(self.batches()), self.start + self.process_index, None, self.num_processes)
+        for batch_index, (bucket, number) in mine:
+            places = range(number * self.batch_size, (number + 1) * self.batch_size)
+            visits = (divmod(place, len(self.buckets[bucket])) for place in places)
+            indices = [self.order(bucket, epoch)[place] for epoch, place in visits]
+            yield [(index, batch_index * self.batch_size + i) for i, index in enumerate(indices)]
 
 
 def make_dataloader(args, accelerator, train_dataset, first_step):
     """The batches of this process from optimizer step `first_step` on, without end."""
-    sampler = BucketBatchSampler(
-        [item["size"] for item in train_dataset.inspected],
-        args.train_batch_size,
-        args.seed,
-        start=first_step * args.gradient_accumulation_steps * accelerator.num_processes,
-        process_index=accelerator.process_index,
-        num_processes=accelerator.num_processes,
-    )
+    sizes, processes = [item["size"] for item in train_dataset.inspected], accelerator.num_processes
+    start = first_step * args.gradient_accumulation_steps * processes
+    place = {"start": start, "process_index": accelerator.process_index, "num_processes": processes}
+    sampler = BucketBatchSampler(sizes, args.train_batch_size, args.seed, **place)
     return torch.utils.data.DataLoader(
         train_dataset,
         batch_sampler=sampler,
@@ -1251,8 +1286,6 @@ def derive_seed(*parts):
 
 
 # Encoders and their caches
-
-
 TEXT_PARTS = ("text_encoder", "text_encoder_2", "text_encoder_3", "tokenizer", "tokenizer_2", "tokenizer_3")
 
 
@@ -1262,19 +1295,13 @@ def text_parts(no_text_encoder_3):
 
 
 def load_text_encoders(args, model_dir, weight_dtype, joint_attention_dim, device):
-    """
-    The pipeline with its tokenizers and text encoders, and without its transformer and VAE.
-
-    Args:
-        joint_attention_dim (`int`): Width of the zeros that `encode_prompt` puts in place of a missing T5 encoder.
-        device (`torch.device`): Where the encoders compute.
-    """
+    """The `StableDiffusion3Pipeline` without its transformer and VAE, whose text encoders compute on `device`."""
     missing = dict.fromkeys({"transformer", "vae", *TEXT_PARTS} - {*text_parts(args.no_text_encoder_3)})
     with loading(args.pretrained_model_name_or_path):
         pipeline = StableDiffusion3Pipeline.from_pretrained(
             model_dir, variant=args.variant, dtype=weight_dtype, use_safetensors=True, **missing
         )
-    # `encode_prompt` asks the transformer for nothing but this width.
+    # `encode_prompt` asks the transformer for nothing but this width, of the zeros in place of a missing T5.
     pipeline.transformer = SimpleNamespace(config=SimpleNamespace(joint_attention_dim=joint_attention_dim))
     for encoder in (pipeline.text_encoder, pipeline.text_encoder_2, pipeline.text_encoder_3):
         if encoder is not None and args.offload:  # T5 alone has 9.5 GB: its layers visit the device one by one
@@ -1287,10 +1314,8 @@ def load_text_encoders(args, model_dir, weight_dtype, joint_attention_dim, devic
 @torch.no_grad()
 def encode_prompts(text_encoders, prompts, max_sequence_length, device):
     """
-    Embed prompts as the pipeline does when it generates, with the pipeline of [`load_text_encoders`].
-
-    Returns:
-        `dict`: `prompt_embeds` `(B, tokens, joint_attention_dim)` and `pooled_prompt_embeds` `(B, pooled_dim)`.
+    Embed prompts as the pipeline does when it generates, with that of [`load_text_encoders`], to a `dict` of
+    `prompt_embeds` `(B, tokens, joint_attention_dim)` and `pooled_prompt_embeds` `(B, pooled_dim)`.
     """
     options = {"device": device, "do_classifier_free_guidance": False, "max_sequence_length": max_sequence_length}
     prompt_embeds, _, pooled_prompt_embeds, _ = text_encoders.encode_prompt(prompts, None, None, **options)
@@ -1300,15 +1325,10 @@ def encode_prompts(text_encoders, prompts, max_sequence_length, device):
 @torch.no_grad()
 def encode_images(vae, pixels, device):
     """
-    Encode images to the moments of their latent distribution.
-
-    Args:
-        pixels (`torch.Tensor` of shape `(B, 3, H, W)`): uint8.
-
-    Returns:
-        `torch.Tensor` of shape `(B, 2 * C, H / 8, W / 8)`, float32: mean and log-variance.
+    Encode images `(B, 3, H, W)`, uint8, to the mean and log-variance of their latents: `(B, 2 * C, H / 8, W / 8)`,
+    float32.
     """
-    with offload_models(vae, device=device):
+    with training_utils.offload_models(vae, device=device):
         return vae.encode(pixels.to(device, non_blocking=True) / 127.5 - 1).latent_dist.parameters
 
 
@@ -1328,17 +1348,13 @@ def draw(sample, generators, device):
 
 def prepare_batch(batch, null_embeds, vae, text_encoders, max_sequence_length, device):
     """
-    Add to a batch of the data loader what [`training_losses`] and [`predict_velocity`] ask for, on the device.
+    Add to a batch of the data loader what [`training_losses`] and [`predict_velocity`] ask for, on the device:
+    `generators`, `latents`, `prompt_embeds`, `pooled_prompt_embeds`, and both of the empty caption under `null_`.
 
     Args:
-        batch (`dict`): From [`collate`].
+        batch (`dict`): From [`collate`]; with `moments` and embeddings where these are cached.
         null_embeds (`dict`): From [`encode_prompts`], of the one empty caption, on the device.
-        vae (`AutoencoderKL`): Only its config is used where the batch has `moments`, from the cache.
-        text_encoders (`StableDiffusion3Pipeline`): `None` where the batch has embeddings, from the cache.
-
-    Returns:
-        `dict`: the batch, with `generators`, `latents`, `prompt_embeds` and `pooled_prompt_embeds`, and both of the
-        empty caption under `null_`.
+        vae (`AutoencoderKL`), text_encoders (`StableDiffusion3Pipeline`): Only a config, and `None`, where cached.
     """
     batch["generators"] = [torch.Generator().manual_seed(seed) for seed in batch["seed"]]
     torch.manual_seed(batch["seed"][0])  # LoRA dropout: a function of the position in the run, like all else
@@ -1393,10 +1409,8 @@ def report_truncation(model_dir, captions, max_sequence_length, no_text_encoder_
 
 def plan_caches(args, train_dataset, model_config, weight_dtype, prompts):
     """
-    What the run needs and the caches do not hold; ends the run where there is no room for it.
-
-    Returns:
-        `tuple[list, list]`: of latents, pairs of file and `(index, flip)`; of embeddings, pairs of file and text.
+    What the caches do not hold: of latents, pairs of file and `(index, flip)`; of embeddings, pairs of file and text.
+    Ends the run where there is no room for it.
     """
     latents, embeds = {}, {}
     if args.cache_latents:
@@ -1429,7 +1443,7 @@ def build_caches(args, accelerator, train_dataset, model_dir, model_config, vae,
         loader = torch.utils.data.DataLoader(
             latents, batch_size=None, collate_fn=train_dataset.load_for_cache, num_workers=args.dataloader_num_workers
         )
-        with offload_models(vae, device=device):
+        with training_utils.offload_models(vae, device=device):
             for path, pixels in progress(loader, desc="Caching latents", unit="image"):
                 save_whole({"moments": encode_images(vae, pixels[None], device)[0]}, path)
     if embeds:
@@ -1443,11 +1457,8 @@ def build_caches(args, accelerator, train_dataset, model_dir, model_config, vae,
 
 def embed_prompts(args, train_dataset, model_dir, model_config, weight_dtype, prompts, device):
     """
-    The embeddings of `prompts`, from the cache or made now.
-
-    Returns:
-        `tuple[dict[str, dict], StableDiffusion3Pipeline]`: of each prompt what [`encode_prompts`] returns, without the
-        batch dimension; and the text encoders, for the captions, or `None` where those are cached.
+    Of each of `prompts` what [`encode_prompts`] returns, without the batch dimension, from the cache or made now; and
+    the text encoders, for the captions, or `None` where those are cached.
     """
     if args.cache_prompt_embeds:
         return {prompt: load_file(train_dataset.embeds_path(prompt)) for prompt in prompts}, None
@@ -1466,8 +1477,6 @@ def save_whole(tensors, path):
 
 
 # Checkpoints and resume
-
-
 RESULTS = "transformer pytorch_lora_weights.safetensors training_args.json README.md samples validation".split()
 
 
@@ -1479,25 +1488,19 @@ def old_results(output_dir):
 
 def find_checkpoint(output_dir, wanted, overwrite):
     """
-    The checkpoint that --resume_from_checkpoint means. Without that flag, refuse to write over another run's result.
-
-    Returns:
-        `tuple[str, dict]`: its folder and its `trainer_state.json`; `(None, {"step": 0})` to start from the beginning.
+    The folder of the checkpoint that --resume_from_checkpoint means, and its `trainer_state.json`; or `None`, and step
+    0. Without that flag, refuse to write over another run's result.
     """
-    output, old = Path(output_dir), old_results(output_dir)
-    if not wanted and old and not overwrite:
-        fail(
-            f"--output_dir {output} holds another run ({', '.join(sorted(path.name for path in old))}): choose a new "
-            "folder, go on with --resume_from_checkpoint latest, or delete it with --overwrite_output_dir"
-        )
+    output = Path(output_dir)
     if not wanted:
+        if (old := sorted(path.name for path in old_results(output_dir))) and not overwrite:
+            ways = "choose a new folder, go on with --resume_from_checkpoint latest, or give --overwrite_output_dir"
+            fail(f"--output_dir {output} holds another run ({', '.join(old)}): {ways}")
         return None, {"step": 0}
-    folders = [Path(wanted), output / wanted]
-    if wanted == "latest":
-        folders = sorted(output.glob("checkpoint-*"), key=checkpoint_step, reverse=True)
+    folders = checkpoints(output_dir)[::-1] if wanted == "latest" else [Path(wanted), output / wanted]
     for folder in folders:
         try:
-            if checkpoint_step(folder) < 0:
+            if folder.suffix == ".unfinished":
                 raise ValueError("its writing was interrupted")
             state = json.loads((folder / "trainer_state.json").read_text())
         except (OSError, ValueError) as error:
@@ -1512,10 +1515,10 @@ def find_checkpoint(output_dir, wanted, overwrite):
     return None, {"step": 0}
 
 
-def checkpoint_step(folder):
-    """Optimizer step in the name of a checkpoint folder; -1 in other names, such as that of an unfinished one."""
-    number = Path(folder).name.removeprefix("checkpoint-")
-    return int(number) if number.isdigit() else -1
+def checkpoints(output_dir):
+    """The checkpoints in a folder, by step; one whose writing was interrupted has another name."""
+    steps = {path: path.name.removeprefix("checkpoint-") for path in Path(output_dir).glob("checkpoint-*")}
+    return sorted((path for path, step in steps.items() if step.isdigit()), key=lambda path: int(steps[path]))
 
 
 def make_trainer_state(args, global_batch_size, inspected):
@@ -1547,17 +1550,6 @@ def check_resume(checkpoint, before, now):
         logger.info(f"Resuming with changes that do not change the result: {'; '.join(told.values())}")
 
 
-def register_checkpoint_hooks(accelerator, transformer):
-    """Have `accelerator.save_state` write of the model what [`save_transformer`] does, and nothing else."""
-
-    def save(models, weights, folder):
-        save_transformer(accelerator, transformer, folder)
-        weights.clear()
-
-    accelerator.register_save_state_pre_hook(save)
-    accelerator.register_load_state_pre_hook(lambda models, folder: models.clear())  # loaded by `load_transformer`
-
-
 def save_checkpoint(accelerator, ema, trainer_state, output_dir, total_limit):
     """
     Write `OUTPUT_DIR/checkpoint-STEP` beside, rename it when all of it is on the disk, and only then prune older ones,
@@ -1571,16 +1563,19 @@ def save_checkpoint(accelerator, ema, trainer_state, output_dir, total_limit):
     accelerator.wait_for_everyone()
     try:
         accelerator.save_state(unfinished)
-        shadow = {str(i): full_tensor(tensor) for i, tensor in enumerate(ema.shadow_params)} if ema else {}
+        shadow = {str(i): t for i, t in enumerate(ema.shadow_params)} if ema else {}
+        shadow = {i: t.full_tensor() if hasattr(t, "full_tensor") else t for i, t in shadow.items()}
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
             if ema is not None:
+                shadow = {i: t.cpu().contiguous() for i, t in shadow.items()}
                 save_file(shadow, unfinished / "ema.safetensors", {"step": str(ema.optimization_step)})
             (unfinished / "trainer_state.json").write_text(json.dumps(trainer_state, indent=2))
-            for path in [*unfinished.rglob("*"), unfinished]:
-                descriptor = os.open(path, os.O_RDONLY)
-                os.fsync(descriptor)
-                os.close(descriptor)
+            for path in (*unfinished.rglob("*"), unfinished):
+                if path.is_file() or os.name == "posix":  # Windows opens no folder, and syncs nothing read-only
+                    descriptor = os.open(path, os.O_RDWR if path.is_file() else os.O_RDONLY)
+                    os.fsync(descriptor)
+                    os.close(descriptor)
     except (OSError, RuntimeError, SafetensorError) as error:  # PyTorch and safetensors report a full disk as theirs
         shutil.rmtree(unfinished, ignore_errors=True)
         raise SystemExit(f"error: {folder} could not be written ({error}); older checkpoints are whole") from error
@@ -1589,17 +1584,10 @@ def save_checkpoint(accelerator, ema, trainer_state, output_dir, total_limit):
             os.replace(folder, f"{folder}.replaced.unfinished")
         os.replace(unfinished, folder)
         shutil.rmtree(f"{folder}.replaced.unfinished", ignore_errors=True)
-        if total_limit:
-            whole = [path for path in Path(output_dir).glob("checkpoint-*") if checkpoint_step(path) >= 0]
-            for old in sorted(whole, key=checkpoint_step)[:-total_limit]:
-                shutil.rmtree(old)
+        for old in checkpoints(output_dir)[:-total_limit] if total_limit else ():
+            shutil.rmtree(old)
         logger.info(f"Saved {folder}")
     accelerator.wait_for_everyone()
-
-
-def full_tensor(tensor):
-    """A copy of a tensor on the CPU, gathered if it is sharded over the processes."""
-    return (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).cpu().contiguous()
 
 
 def load_ema(ema, checkpoint):
@@ -1613,9 +1601,8 @@ def load_ema(ema, checkpoint):
         ema.optimization_step = int(file.metadata()["step"])
 
 
-STOP_SIGNALS = [signal.SIGTERM, signal.SIGINT]  # what cluster schedulers send, and Ctrl-C
-if hasattr(signal, "SIGUSR1"):  # not on Windows
-    STOP_SIGNALS.append(signal.SIGUSR1)
+# What cluster schedulers send, and Ctrl-C; Windows has not all of them.
+STOP_SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)]
 EXIT_INTERRUPTED = 75  # a signal ended the run after a checkpoint (EX_TEMPFAIL of sysexits.h: start it again)
 
 
@@ -1628,14 +1615,7 @@ def on_stop_signals(handler):
 def collect_stop_signals():
     """A list that a signal to stop is added to, for the step to see; a second one ends the process at once."""
     signals = []
-
-    def stop_soon(number, frame):
-        if signals:
-            signal.signal(number, signal.SIG_DFL)
-            os.kill(os.getpid(), number)
-        signals.append(number)
-
-    on_stop_signals(stop_soon)
+    on_stop_signals(lambda number, frame: (signals.append(number), on_stop_signals(signal.SIG_DFL)))
     return signals
 
 
@@ -1645,20 +1625,13 @@ def ignore_signals(worker):
 
 
 # Validation
-
-
 def log_validation(args, accelerator, transformer, vae, model_dir, prompt_embeds, step, signals=()):
     """
-    Sample every validation prompt with the transformer that is being trained, the same seeds every time.
-
-    Args:
-        prompt_embeds (`dict[str, dict]`): Of each prompt, and of "", from [`embed_prompts`].
-        step (`int`): Optimizer steps done.
-        signals (`list[int]`): Filled when the run is asked to stop; the sampling then ends, and shows nothing.
+    Sample every validation prompt with the transformer that is being trained, the same seeds every time; save them as
+    `OUTPUT_DIR/validation/step-N.png`, a row a prompt, and send them to the tracker. A signal in `signals` ends it.
 
     Returns:
-        `dict[str, list[PIL.Image.Image]]`: the images of each prompt, on every process; also saved as
-        `OUTPUT_DIR/validation/step-N.png`, a row a prompt, and sent to the tracker.
+        `dict[str, list[PIL.Image.Image]]`: the images of each prompt, on every process.
     """
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler.from_pretrained(model_dir, subfolder="scheduler")
     unwrapped = accelerator.unwrap_model(transformer)
@@ -1678,7 +1651,7 @@ def log_validation(args, accelerator, transformer, vae, model_dir, prompt_embeds
 
     unwrapped.eval()
     with (
-        offload_models(vae, device=accelerator.device),
+        training_utils.offload_models(vae, device=accelerator.device),
         # Padded, because a sharded transformer needs every process at every forward.
         accelerator.split_between_processes(jobs, apply_padding=True) as mine,
     ):
@@ -1696,7 +1669,7 @@ def log_validation(args, accelerator, transformer, vae, model_dir, prompt_embeds
             ).images[0]
             done.append(((prompt, i), None if signals else image))
     unwrapped.train()
-    images = dict(gather_object(done))
+    images = dict(accelerate.utils.gather_object(done))
     if None in images.values():
         return {}
     rows = {prompt: [images[prompt, i] for i in range(args.num_validation_images)] for prompt in prompts}
@@ -1714,18 +1687,16 @@ def log_validation(args, accelerator, transformer, vae, model_dir, prompt_embeds
 
 
 # The result
-
-
 def save_result(args, accelerator, transformer, images):
     """
-    Write what the run was for: the weights, `training_args.json` and the model card, and upload them if asked to.
-
-    Args:
-        images (`dict[str, list[PIL.Image.Image]]`): Samples of the finished model, from [`log_validation`].
+    Write what the run was for: the weights, `training_args.json` and the model card, with `images`, samples of the
+    finished model from [`log_validation`]; upload them if asked to.
     """
     output = Path(args.output_dir)
     unfinished = output / "result.unfinished"
-    usage = save_transformer(accelerator, transformer, unfinished)
+    dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+    dtype = dtypes[args.save_dtype or ("fp32" if accelerator.mixed_precision == "no" else "bf16")]
+    usage = save_transformer(accelerator, transformer, unfinished, dtype)
     if not accelerator.is_main_process:
         return
     for part in unfinished.iterdir():
@@ -1744,15 +1715,23 @@ def save_result(args, accelerator, transformer, images):
             image.save(output / name)
         rows.append(f"{prompt}\n\n" + " ".join(f"![]({name})" for name in files))
     base, title = args.pretrained_model_name_or_path, args.hub_model_id or output.resolve().name
+    parents = [name for name in (base, args.transformer, getattr(args, "lora", None)) if name]
+    if args.transformer and "transformer" not in usage:  # a LoRA on a full fine-tune
+        start = f"{args.transformer!r}, subfolder='transformer', dtype=torch.bfloat16"
+        usage = usage.replace("(base, ", f"(\n    base, transformer=SD3Transformer2DModel.from_pretrained({start}), ")
     data = huggingface_hub.ModelCardData(
-        base_model=None if os.path.isdir(base) else base,
+        base_model=[name for name in parents if not os.path.exists(name)] or None,
         library_name="diffusers",
+        license="other",
+        license_name="stabilityai-ai-community",
+        license_link="https://stability.ai/community-license-agreement",
         pipeline_tag="text-to-image",
         tags=["text-to-image", "diffusers-training", "stable-diffusion-3", *Path(__file__).stem.split("_")[2:]],
+        widget=[{"text": prompt, "output": {"url": f"samples/{i}-0.png"}} for i, prompt in enumerate(images)] or None,
     )
     card = [
         f"---\n{data.to_yaml()}\n---",
-        f"# {title}\n\nTrained from `{base}` with `{Path(__file__).name}`.",
+        f"# {title}\n\nTrained from {', '.join(f'`{name}`' for name in parents)} with `{Path(__file__).name}`.",
         *rows,
         "## Use\n\n```python\nimport torch\nfrom diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline\n\n"
         f"base, result = {base!r}, {title!r}  # `result` may also be a local folder\n{usage}\n"
@@ -1766,13 +1745,24 @@ def save_result(args, accelerator, transformer, images):
     if args.push_to_hub:
         api = huggingface_hub.HfApi(token=args.hub_token)
         parts = ["README.md", "training_args.json", "samples/*", "transformer/*", "pytorch_lora_weights.safetensors"]
-        with failing_with(f"--push_to_hub {title}: the result is safe in {output}, but not uploaded"):
-            repo = api.create_repo(title, exist_ok=True).repo_id
-            api.upload_folder(repo_id=repo, folder_path=output, allow_patterns=parts, commit_message="End of training")
+        what = f"--push_to_hub {title}: the result is safe in {output}, but not uploaded"
+        repo = ask_hub(what, api.create_repo, title, exist_ok=True).repo_id
+        upload = {"folder_path": output, "allow_patterns": parts, "commit_message": "End of training"}
+        ask_hub(what, lambda repo: api.upload_folder(repo_id=repo, **upload), repo)
+
+
+def run(args):
+    """[`main`], with one line where it is interrupted before the training, or the device has no memory left."""
+    try:
+        main(args)
+    except KeyboardInterrupt:
+        fail("interrupted before the training began")
+    except torch.OutOfMemoryError as error:
+        flags = "--cache_latents --cache_prompt_embeds, --gradient_checkpointing, a smaller --train_batch_size, "
+        flags += "--full_bf16 (all weights) or --bnb_quantization_config_path (LoRA), --offload"
+        saved = (checkpoints(args.output_dir) or ["none"])[-1]
+        fail(f"out of memory ({str(error)[:200]}). What helps, in this order: {flags}. Last checkpoint: {saved}")
 
 
 if __name__ == "__main__":
-    try:
-        main(parse_args())
-    except KeyboardInterrupt:
-        sys.exit("error: interrupted before the training began")
+    run(parse_args())

@@ -83,10 +83,10 @@ def parse_args(input_args=None):
     )
     add = parser.add_argument
     add("--models", nargs="+", required=True, metavar="NAME=PATH", help="The others are compared with the first.")
-    add("--num_own_steps", type=script.at_least(1), nargs="+", default=[1, 4], help="Own steps k; one or several.")
-    add("--num_sigmas", type=script.at_least(1), default=8, help="Noise levels, spread evenly over the grid.")
-    add("--num_samples", type=script.at_least(2), default=64, help="Images, drawn from the data set.")
-    add("--batch_size", type=script.at_least(1), default=4)
+    add("--num_own_steps", type=script.number(int, 1), nargs="+", default=[1, 4], help="Own steps k; one or several.")
+    add("--num_sigmas", type=script.number(int, 1), default=8, help="Noise levels, spread evenly over the grid.")
+    add("--num_samples", type=script.number(int, 2), default=64, help="Images, drawn from the data set.")
+    add("--batch_size", type=script.number(int, 1), default=4)
     own, rest = parser.parse_known_args(input_args)
     if unknown := [word for word in rest if word.startswith("--") and word.split("=")[0] not in SHARED_FLAGS]:
         parser.error(f"unknown arguments: {' '.join(unknown)}")

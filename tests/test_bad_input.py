@@ -142,20 +142,20 @@ def test_exactly_one_data_source(script, sources, capsys):
         (["--jsonl_path", __file__], ["--jsonl_path and --image_dir"]),
         (["--image_dir", "."], ["--jsonl_path and --image_dir"]),
         (["--resolution", "40"], ["--resolution", "divisible by 16"]),
-        (["--resolution", "0"], ["--resolution", "at least 16"]),
+        (["--resolution", "0"], ["--resolution", "from 16"]),
         (["--aspect_ratio_buckets", "32,40"], ["--aspect_ratio_buckets", "divisible by 16"]),
         (["--aspect_ratio_buckets", "32x32"], ["--aspect_ratio_buckets", "32x32"]),
         (["--train_batch_size", "two"], ["--train_batch_size", "two"]),
-        (["--train_batch_size", "0"], ["--train_batch_size", "at least 1"]),
+        (["--train_batch_size", "0"], ["--train_batch_size", "from 1"]),
         (["--learning_rate", "nan"], ["--learning_rate", "nan"]),
-        (["--learning_rate", "-1"], ["--learning_rate", "at least 0"]),
+        (["--learning_rate", "-1"], ["--learning_rate", "from 0"]),
         (["--cond_dropout_rate", "1.5"], ["--cond_dropout_rate", "from 0 to 1"]),
         (["--adam_beta1", "1"], ["--adam_beta1"]),
         (["--adam_beta2", "1"], ["--adam_beta2"]),
         (["--max_sequence_length", "513"], ["--max_sequence_length", "512"]),  # the pipeline's limit
         (["--lambda_aux", "inf"], ["--lambda_aux", "inf"]),
         (["--logit_mean", "nan"], ["--logit_mean", "nan"]),
-        (["--sigma_upper_ratio", "0.5"], ["--sigma_upper_ratio", "at least 1"]),
+        (["--sigma_upper_ratio", "0.5"], ["--sigma_upper_ratio", "from 1"]),
         (["--sde_rollout_type", "euler"], ["--sde_rollout_type", "euler", "flow_sde"]),
         (["--weighting_scheme", "cosine"], ["--weighting_scheme", "cosine", "cosmap"]),
         (["--optimizer", "prodigy", "--use_8bit_adam"], ["--use_8bit_adam", "prodigy"]),
@@ -192,7 +192,7 @@ def test_rules_of_a_schedule(arguments, named, refuse):
     ("arguments", "code", "named"),
     [
         ([], 2, "exactly one of --dataset_name, --train_data_dir and --jsonl_path (got none)"),
-        (["--train_data_dir", "{empty}"], 1, "--train_data_dir {empty}"),
+        (["--train_data_dir", "{empty}"], 1, "{empty} has no images"),
     ],
 )
 def test_as_a_process(arguments, code, named, pipeline, tmp_path):
@@ -213,8 +213,9 @@ def test_as_a_process(arguments, code, named, pipeline, tmp_path):
 @pytest.mark.parametrize("flag", ["image_column", "caption_column"])
 def test_missing_column(flag, refuse, photos):
     """The line lists the columns that there are."""
-    message = refuse(SFT, f"--{flag}", "nothing", "--train_data_dir", photos)
-    assert f"--{flag} nothing" in message and "image, text" in message
+    for source, columns in (("--train_data_dir", "file_name, text"), ("--dataset_name", "image, text")):
+        message = refuse(SFT, f"--{flag}", "nothing", source, photos)
+        assert f"--{flag} nothing" in message and columns in message and "give the one that is meant" in message
 
 
 def test_columns_of_another_kind(refuse, tmp_path):
@@ -230,7 +231,46 @@ def test_columns_of_another_kind(refuse, tmp_path):
 def test_image_folder_without_captions(refuse, tmp_path, images):
     folder = images({"a.png": "a", "b.png": "b"})
     (folder / "metadata.jsonl").unlink()
-    assert "--caption_column text" in refuse(SFT, "--train_data_dir", folder)
+    message = refuse(SFT, "--train_data_dir", folder)
+    assert f"{folder / 'a.png'} has no caption: write a.txt" in message and "--instance_prompt" in message
+
+
+def test_two_kinds_of_captions(refuse, images):
+    """No guess which of them is meant."""
+    folder = images({"a.png": "a", "b.png": "b"})
+    (folder / "b.txt").write_text("another b")
+    message = refuse(SFT, "--train_data_dir", folder)
+    assert f"{folder} has metadata.jsonl and captions in .txt files: remove one of them" in message
+
+
+def test_caption_that_is_no_text(refuse, images):
+    folder = images({"a.png": "a", "b.png": "b"})
+    (folder / "metadata.jsonl").unlink()
+    (folder / "a.txt").write_text("a")
+    (folder / "b.txt").write_bytes("ein Käfer".encode("latin-1"))
+    message = refuse(SFT, "--train_data_dir", folder)
+    assert f"{folder / 'b.txt'} is no text in UTF-8" in message
+    (folder / "b.txt").unlink()
+    (folder / "a.txt").unlink()
+    (folder / "metadata.jsonl").write_text('{"file_name": "a.png", "text": ["a", {"b": 1}]}\n')
+    assert "metadata.jsonl, line 1: the caption is no text" in refuse(SFT, "--train_data_dir", folder)
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("file_name,text\na.png,one, two\n", "line 2: other fields than the header's; quote texts with commas"),
+        ("file_name,text\na.png\n", "line 2: other fields"),
+        ("file_name,text\na.png,\xe4\n", "is no CSV file in UTF-8"),
+        ("file;text\na.png;one\n", "line 2 has file;text"),
+    ],
+)
+def test_bad_csv(text, named, refuse, images):
+    folder = images({"a.png": "a"})
+    (folder / "metadata.jsonl").unlink()
+    (folder / "metadata.csv").write_text(text, encoding="latin-1")
+    message = refuse(SFT, "--train_data_dir", folder)
+    assert "metadata.csv" in message and named in message
 
 
 def test_metadata_names_a_missing_file(refuse, images):
@@ -284,9 +324,9 @@ def test_decompression_bomb(side, refuse, images, monkeypatch):
 
 
 def test_empty_data_set(refuse, authors, tmp_path):
-    assert "empty" in refuse(SFT, *authors(b"", b"  "))
+    assert "data.jsonl has no images" in refuse(SFT, *authors(b"", b"  "))
     (tmp_path / "nothing").mkdir()
-    assert f"--train_data_dir {tmp_path / 'nothing'}" in refuse(SFT, "--train_data_dir", tmp_path / "nothing")
+    assert f"{tmp_path / 'nothing'} has no images" in refuse(SFT, "--train_data_dir", tmp_path / "nothing")
 
 
 def test_fewer_images_than_a_global_batch(refuse, photos):

@@ -125,7 +125,7 @@ def test_images_of_a_prompt_are_drawn_together():
 
 def test_intervals_cover(monkeypatch):
     """Of 400 synthetic data sets, prompts with two images each, about 95 % have the truth within the interval."""
-    monkeypatch.setattr(compare, "DRAWS", 400)
+    monkeypatch.setattr("runs.DRAWS", 400)
     rng, covered = np.random.default_rng(0), {"mean": 0, "tasks": 0}
     for _ in range(400):
         prompts = rng.normal(0.3, 1, size=60)

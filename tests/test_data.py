@@ -13,6 +13,7 @@ from pathlib import Path
 import datasets
 import numpy as np
 import pytest
+import skimage.data
 import torch
 from accelerate import PartialState
 from diffusers import StableDiffusion3Pipeline
@@ -162,6 +163,60 @@ def test_authors_format(samples, tmp_path):
         assert sample["pixels"].shape == ((3, 64, 64) if name == "b" else (3, 32, 48))
 
 
+def caption_files(folder, **texts):
+    """Images with the bytes of a text file beside each, where they are not `None`."""
+    for name, text in texts.items():
+        path = folder / f"{name.replace('__', '/')}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        solid(RED).save(path)
+        if text is not None:
+            path.with_suffix(".txt").write_bytes(text)
+    return folder
+
+
+def captions(images):
+    return {Path(item["name"]).stem: item["caption"] for item in images.inspected}
+
+
+def test_captions_beside_the_images(samples, tmp_path, caplog):
+    """As other trainers keep them, whatever editor wrote them; the names of folders mean nothing."""
+    texts = {
+        "a": b"a red square",
+        "b": b"\xef\xbb\xbfa square\r\nin red\r\n",
+        "10_mycat__c": "ein rotes Quadrat, grün gemeint\n".encode(),
+        "10_mycat__deep__d": b"",
+    }
+    folder = caption_files(tmp_path / "images", **texts)
+    (folder / ".hidden.png").write_bytes(b"no image")
+    (folder / "notes.txt").write_text("of no image")
+    images = samples("--train_data_dir", folder)
+    expected = {"a": "a red square", "b": "a square in red", "c": "ein rotes Quadrat, grün gemeint", "d": ""}
+    assert captions(images) == expected
+    assert "such as 10_name, mean nothing here" in caplog.text and "1 of 4 captions are empty" in caplog.text
+    assert captions(samples("--train_data_dir", folder, "--max_train_samples", 2)).keys() == {"a", "b"}
+
+
+def test_instance_prompt(samples, tmp_path):
+    """--instance_prompt is the caption of every image that has none: alone it is DreamBooth's form."""
+    folder = caption_files(tmp_path / "images", a=b"a red square", b=None, c=b"")
+    prompt = ("--instance_prompt", "a photo of sks dog")
+    dog = "a photo of sks dog"
+    assert captions(samples("--train_data_dir", folder, *prompt)) == {"a": "a red square", "b": dog, "c": dog}
+    for name in ("a.txt", "c.txt"):
+        (folder / name).unlink()
+    assert captions(samples("--train_data_dir", folder, *prompt)) == dict.fromkeys("abc", dog)
+    lines = [{"file_name": "a.png", "text": "a red square"}, {"file_name": "b.png", "text": None}]
+    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    assert captions(samples("--train_data_dir", folder, *prompt)) == {"a": "a red square", "b": dog}
+    (folder / "metadata.jsonl").write_text("\n".join(json.dumps({"file_name": f"{n}.png"}) for n in "abc"))
+    assert captions(samples("--train_data_dir", folder, *prompt)) == dict.fromkeys("abc", dog)
+    rows = datasets.Dataset.from_dict({"image": [str(folder / "a.png")] * 2, "text": ["a red square", None]})
+    (tmp_path / "set").mkdir()
+    rows.cast_column("image", datasets.Image()).to_parquet(tmp_path / "set" / "train.parquet")
+    images = samples("--dataset_name", tmp_path / "set", *prompt)
+    assert [item["caption"] for item in images.inspected] == ["a red square", dog]
+
+
 def test_max_train_samples(samples, photos):
     """The first N, and all where there are fewer."""
     images = samples("--train_data_dir", photos, "--max_train_samples", 3)
@@ -238,6 +293,81 @@ def test_exif_rotation(samples, tmp_path):
     (tmp_path / "images" / "metadata.jsonl").write_text('{"file_name": "a.png", "text": "a"}')
     images = samples("--train_data_dir", tmp_path / "images", "--aspect_ratio_buckets", "32,96;96,32")
     assert torch.equal(images[0, 0]["pixels"], torch.from_numpy(np.array(upright)).permute(2, 0, 1))
+
+
+def decoded(name):
+    """A picture that scikit-image ships, as the scripts see it and as it is stored."""
+    path = Path(skimage.data.__file__).parent / name
+    return script.decode_image(path.read_bytes()), Image.open(path)
+
+
+def test_colour_profile():
+    """A photograph in Adobe RGB, converted as the two standards define their primaries and curves; D65 both."""
+    image, stored = decoded("rocket.jpg")
+    assert image.info["notes"] == ["were converted to sRGB from another colour profile"] and image.mode == "RGB"
+    light = (np.asarray(stored) / 255.0) ** (563 / 256)
+    adobe = [[0.57667, 0.18556, 0.18823], [0.29734, 0.62736, 0.07529], [0.02703, 0.07069, 0.99134]]
+    srgb = [[0.41239, 0.35758, 0.18048], [0.21264, 0.71517, 0.07219], [0.01933, 0.11919, 0.95053]]
+    light = (light @ np.array(adobe).T @ np.linalg.inv(srgb).T).clip(0, 1)
+    expected = 255 * np.where(light <= 0.0031308, 12.92 * light, 1.055 * light ** (1 / 2.4) - 0.055)
+    difference = np.abs(np.asarray(image) - expected)
+    assert difference.mean() < 0.5 and np.quantile(difference, 0.999) < 4
+    assert np.abs(np.asarray(image) - np.asarray(stored).astype(float)).mean() > 2  # it does something
+
+
+@pytest.mark.parametrize("name", ["astronaut.png", "hubble_deep_field.jpg", "coffee.png", "camera.png"])
+def test_colours_that_are_srgb(name):
+    """With such a profile, or with none, the numbers stay."""
+    image, stored = decoded(name)
+    assert image.info["notes"] == [] and np.array_equal(np.asarray(image), np.asarray(stored.convert("RGB")))
+
+
+def test_profile_of_a_scan_and_one_that_is_broken(samples, tmp_path, caplog):
+    """A grey page with the curve of a printing press becomes what a viewer shows; rubbish is taken as sRGB."""
+    image, stored = decoded("page.png")
+    assert image.mode == "RGB" and image.info["notes"] == ["were converted to sRGB from another colour profile"]
+    grey, before = np.asarray(image).astype(float), np.asarray(stored).astype(float)
+    assert np.ptp(grey, axis=-1).max() <= 1  # still grey
+    order = np.argsort(before, axis=None)
+    assert (np.diff(grey[..., 0].flatten()[order]) >= 0).all() and np.abs(grey[..., 0] - before).mean() > 2
+    (tmp_path / "images").mkdir()
+    for name, profile in (("a", b"no profile"), ("b", stored.info["icc_profile"])):
+        solid(RED).save(tmp_path / "images" / f"{name}.png", icc_profile=profile)  # and one for grey, on colours
+    images = samples("--train_data_dir", tmp_path / "images", "--instance_prompt", "a")
+    assert "2 images have a colour profile that cannot be read, and are taken as sRGB." in caplog.text
+    assert [color(images[i, 0]) for i in range(2)] == [pytest.approx(RED)] * 2
+
+
+@pytest.mark.parametrize("name", ["horse.png", "logo.png"])
+def test_transparency(name):
+    """A cut-out lies on white, in proportion where it is half transparent."""
+    image, stored = decoded(name)
+    pixels = np.asarray(stored).astype(float)
+    alpha = pixels[..., 3:] / 255
+    assert np.abs(np.asarray(image) - (pixels[..., :3] * alpha + 255 * (1 - alpha))).max() <= 1
+    assert ("are transparent in parts, which are laid over white" in image.info["notes"]) == (alpha.min() < 1)
+
+
+def test_transparent_colours_of_a_palette(samples, tmp_path, caplog):
+    """Whatever lies under the transparent pixels; and an alpha channel that is full changes nothing."""
+    image = Image.fromarray(np.zeros((40, 40), np.uint8), "P")
+    image.putpalette([0, 0, 0, *RED])
+    image.paste(1, (0, 0, 40, 20))
+    (tmp_path / "images").mkdir()
+    image.save(tmp_path / "images" / "a.png", transparency=0)
+    solid(GREEN, "RGBA").save(tmp_path / "images" / "b.png")
+    images = samples("--train_data_dir", tmp_path / "images", "--instance_prompt", "a")
+    assert (
+        images[0, 0]["pixels"][:, 0, 0].tolist() == [*RED] and images[0, 0]["pixels"][:, -1, 0].tolist() == [255] * 3
+    )
+    assert color(images[1, 0]) == pytest.approx(GREEN)
+    assert "1 images are transparent in parts, which are laid over white." in caplog.text
+
+
+def test_enlarged_images_are_counted(samples, tmp_path, caplog):
+    images = {"a.png": positions(32, 32), "b.png": positions(16, 20), "c.png": positions(64, 31)}
+    samples("--train_data_dir", folder_of(tmp_path / "images", images))
+    assert "2 images are smaller than they are trained at: enlarged up to 2.0 x." in caplog.text
 
 
 @pytest.mark.parametrize(("width", "height", "left", "top"), [(48, 32, 8, 0), (32, 62, 0, 15), (35, 32, 2, 0)])
@@ -536,7 +666,7 @@ def test_the_authors_command(name, run, pipeline, tmp_path):
     for large, small in smaller.items():
         assert large in command
         command = command.replace(large, small)
-    out = run(name, *shlex.split(command))
+    out = run(name, *shlex.split(command), "--save_dtype", "fp32")
     base = load_file(pipeline / "transformer" / "diffusion_pytorch_model.safetensors")
     trained = weights(out)
     assert all(tensor.isfinite().all() for tensor in trained.values())

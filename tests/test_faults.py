@@ -63,7 +63,7 @@ def test_a_signal_ends_the_run_after_a_checkpoint(script, number, arguments, run
     finish(process, log, code=75)
     assert time.monotonic() - asked < 10
     (checkpoint,) = out.glob("checkpoint-*")
-    assert 3 <= train_sd3_soar.checkpoint_step(checkpoint) < 30
+    assert 3 <= int(checkpoint.name.removeprefix("checkpoint-")) < 30
     finish(start(script, arguments, log), log)
     whole = run(script, *arguments[:4], *arguments[6:], "--output_dir", tmp_path / "whole")
     assert equal(whole, out)
@@ -460,7 +460,7 @@ def test_images_of_train_data_dir_may_not_lead_out_of_it(run, photos, tmp_path):
     folder.mkdir()
     (folder / "inside.png").symlink_to(photos / "coffee.png")
     (folder / "metadata.jsonl").write_text('{"file_name": "inside.png", "text": "a"}\n')
-    with pytest.raises(SystemExit, match="inside.png leads out of --train_data_dir"):
+    with pytest.raises(SystemExit, match="inside.png.* leads out of --train_data_dir"):
         run("train_sd3_soar", "--train_data_dir", folder)
 
 

@@ -7,7 +7,6 @@ import json
 import logging
 import math
 import shutil
-from pathlib import Path
 
 import huggingface_hub
 import numpy as np
@@ -18,7 +17,6 @@ from diffusers import AutoencoderKL, SD3Transformer2DModel, StableDiffusion3Pipe
 from diffusers.models.attention import JointTransformerBlock
 from diffusers.training_utils import EMAModel
 from harness import ROOT, SCRIPTS, equal, finish, start_two, weights
-from huggingface_hub.utils import filter_repo_objects
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -45,6 +43,7 @@ ELSEWHERE = {
     "--image_dir": "test_data.test_authors_format",
     "--image_column": "test_data.test_dataset_name",
     "--caption_column": "test_data.test_dataset_name",
+    "--instance_prompt": "test_data.test_instance_prompt",
     "--max_train_samples": "test_data.test_max_train_samples",
     "--skip_bad_images": "test_bad_input.test_undecodable_image",
     "--center_crop": "test_data.test_center_crop",
@@ -54,6 +53,9 @@ ELSEWHERE = {
     "--cache_dir": "test_data.test_caches_are_keyed_by_content",
     "--overwrite_output_dir": "test_bad_input.test_another_run_is_not_written_over",
     "--max_skipped_steps": "test_faults.test_steps_that_are_not_finite_may_be_skipped",
+    "--push_to_hub": "test_hub.test_what_is_uploaded",
+    "--hub_model_id": "test_hub.test_what_is_uploaded",
+    "--hub_token": "test_hub.test_what_is_uploaded",
 }
 
 
@@ -82,12 +84,12 @@ def test_every_flag_has_a_test(script, monkeypatch):
 FIXED_ON_RESUME = """
     adam_beta1 adam_beta2 adam_epsilon adam_weight_decay allow_tf32 aspect_ratio_buckets bnb_quantization_config_path
     cache_latents center_crop cfg_scale_sampling cond_dropout_rate ema_decay full_bf16 lambda_aux learning_rate
-    logit_mean logit_std lora_alpha lora_blocks lora_dropout lora_layers lr_num_cycles lr_power lr_scheduler
+    logit_mean logit_std lora lora_alpha lora_blocks lora_dropout lora_layers lr_num_cycles lr_power lr_scheduler
     lr_step_rules lr_warmup_steps max_grad_norm max_sequence_length mixed_precision mode_scale no_text_encoder_3
     num_rollout_paths num_sampling_steps optimizer pretrained_model_name_or_path prodigy_beta3 prodigy_decouple
     prodigy_safeguard_warmup prodigy_use_bias_correction random_flip rank resolution revision sde_noise_scale
     sde_rollout_type seed sigma_upper_ratio train_batch_size trajectory_length use_8bit_adam use_aspect_ratio_buckets
-    use_dora use_ema variant weighting_scheme
+    transformer use_dora use_ema variant weighting_scheme
 """.split()
 
 
@@ -339,9 +341,9 @@ def test_allow_tf32(run):
 def test_mixed_precision(script, run, forwards, monkeypatch):
     """The model computes in bf16; latents, targets and the trained weights stay float32."""
     encoders = seen(monkeypatch, importlib.import_module(script), "load_text_encoders")
-    out = run(script, "--mixed_precision", "bf16")
+    out = run(script, "--mixed_precision", "bf16", "--checkpointing_steps", 2)
     assert {call["hidden_states"].dtype for call in forwards} == {torch.float32}
-    assert {tensor.dtype for tensor in weights(out).values()} == {torch.float32}
+    assert {tensor.dtype for tensor in weights(out / "checkpoint-2").values()} == {torch.float32}
     assert encoders[-1][2].text_encoder.dtype == torch.bfloat16
     run(script, "--mixed_precision", "no", "--overwrite_output_dir")
     assert encoders[-1][2].text_encoder.dtype == torch.float32
@@ -397,6 +399,31 @@ def test_text_of_the_transformer(run, forwards, monkeypatch):
     run(SFT, "--max_train_steps", 1, "--no_text_encoder_3", "--overwrite_output_dir")
     assert (forwards[1]["encoder_hidden_states"][:, 77:] == 0).all()
     assert encoders[-1][2].text_encoder_3 is None
+
+
+@covers("--transformer")
+def test_transformer(run, default, tmp_path, caplog):
+    """SFT, SOAR after it, and a LoRA on that: three commands, each from the result of the one before."""
+    caplog.set_level(logging.INFO)
+    sft, lower = default(SFT), ("--learning_rate", 0)
+    soar = run(SOAR, "--transformer", sft, *lower, "--output_dir", tmp_path / "soar")
+    assert equal(soar, sft) and not equal(sft, default(SFT, *lower))
+    trained = run(SOAR, "--transformer", sft, "--output_dir", tmp_path / "trained", "--checkpointing_steps", 1)
+    assert not equal(trained, soar)
+    card = (trained / "README.md").read_text()
+    assert f"Trained from `{default.pipeline}`, `{sft}` with" in card
+    shutil.copytree(trained / "checkpoint-1", tmp_path / "resumed" / "checkpoint-1")
+    more = ("--resume_from_checkpoint", "latest", "--output_dir", tmp_path / "resumed")
+    assert equal(run(SOAR, "--transformer", sft, *more), trained)
+
+    lora = run(LORA, "--transformer", trained, "--output_dir", tmp_path / "lora", "--learning_rate", 1e-2)
+    assert not equal(lora, default(LORA, "--learning_rate", 1e-2))
+    # The card's own lines make the pipeline: of the base, with that transformer and the LoRA on it.
+    code = (lora / "README.md").read_text().split("```python\n")[1].split("pipeline.load_lora")[0]
+    names = {}
+    exec(code, names)
+    state = names["pipeline"].transformer.state_dict()
+    assert all(torch.equal(tensor.bfloat16(), state[name]) for name, tensor in weights(trained).items())
 
 
 # Data
@@ -703,7 +730,7 @@ def test_full_bf16(script, run, default, uncompiled, monkeypatch, tmp_path):
 
     moved = []
     start = SD3Transformer2DModel.from_pretrained(default.pipeline, subfolder="transformer").state_dict()
-    for folder in (out, default(script, *arguments)):
+    for folder in (out, default(script, *arguments, "--save_dtype", "fp32")):
         moved.append(torch.cat([(w.float() - start[n]).flatten() for n, w in weights(folder).items()]))
     assert moved[0].dot(moved[1]) / moved[1].square().sum() == pytest.approx(1, abs=0.15)
 
@@ -744,10 +771,10 @@ def test_full_bf16_is_alike_on_all_processes(pipeline, photos, tmp_path, uncompi
         module = importlib.import_module(SFT)
         save = module.save_transformer
 
-        def save_every(accelerator, transformer, folder):
-            state = {name: tensor.clone() for name, tensor in accelerator.get_state_dict(transformer).items()}
+        def save_every(accelerator, *inputs):
+            state = {name: tensor.clone() for name, tensor in accelerator.get_state_dict(inputs[0]).items()}
             save_file(state, copies / f"{accelerator.process_index}.safetensors")
-            return save(accelerator, transformer, folder)
+            return save(accelerator, *inputs)
 
         module.save_transformer = save_every
 
@@ -867,15 +894,21 @@ def generate(pipe):
     ("flags", "rank", "alpha"), [([], 32, 32), (["--rank", 4], 4, 4), (["--lora_alpha", 8], 32, 8)]
 )
 def test_rank_and_alpha(flags, rank, alpha, run, pipeline):
-    """In the shapes and in the metadata, and in effect when a pipeline loads the file."""
-    out = run(LORA, *flags)
+    """The strength is in the result's weights, for programs that read no metadata; a checkpoint is as in training."""
+    out = run(LORA, *flags, "--checkpointing_steps", 2)
     assert {tensor.shape[0] for name, tensor in weights(out).items() if "lora_A" in name} == {rank}
-    found = metadata(out)
-    assert (found["transformer.r"], found["transformer.lora_alpha"]) == (rank, alpha)
-    pipe = StableDiffusion3Pipeline.from_pretrained(pipeline)
-    pipe.load_lora_weights(out)
-    scales = {s for m in pipe.transformer.modules() if hasattr(m, "scaling") for s in m.scaling.values()}
-    assert scales == {alpha / rank}
+    for folder, strength in ((out, rank), (out / "checkpoint-2", alpha)):
+        found = metadata(folder)
+        assert (found["transformer.r"], found["transformer.lora_alpha"]) == (rank, strength)
+    trained = weights(out / "checkpoint-2")
+    for name, tensor in weights(out).items():
+        assert torch.equal(tensor, trained[name] * (alpha / rank if "lora_B" in name else 1))
+    drawn = []
+    for folder in (out, out / "checkpoint-2"):
+        pipe = StableDiffusion3Pipeline.from_pretrained(pipeline)
+        pipe.load_lora_weights(folder)
+        drawn.append(generate(pipe))
+    assert np.abs(drawn[0] - drawn[1]).max() < 1e-5
 
 
 @covers("--lora_dropout")
@@ -917,6 +950,47 @@ def test_lora_layers(flags, layers, run):
     out = run(LORA, *flags)
     names = {name.removeprefix("transformer.transformer_blocks.").rpartition(".lora_")[0] for name in weights(out)}
     assert {tuple(name.split(".", 1)) for name in names} == layers
+
+
+@covers("--lora")
+def test_lora(run, default, pipeline, tmp_path):
+    """Goes on from an adapter: its layers, ranks and strength; also on a resumed run."""
+    shape = ("--rank", 4, "--lora_alpha", 8, "--lora_layers", "attn.to_q", "--lora_dropout", 0.1)
+    one = run(LORA, *shape, "--output_dir", tmp_path / "one")
+    same = run(LORA, "--lora", one, "--learning_rate", 0, "--output_dir", tmp_path / "same")
+    assert equal(one, same) and metadata(one) == metadata(same)
+    out = run(LORA, "--lora", one, "--checkpointing_steps", 1, "--output_dir", tmp_path / "two")
+    assert weights(out).keys() == weights(one).keys() and not equal(out, one)
+    resumed = tmp_path / "resumed"
+    shutil.copytree(out / "checkpoint-1", resumed / "checkpoint-1")
+    run(LORA, "--lora", one, "--resume_from_checkpoint", "latest", "--output_dir", resumed)
+    assert equal(resumed, out)
+    with pytest.raises(SystemExit, match="leave out --rank and all --lora_ flags"):
+        run(LORA, "--lora", one, "--rank", 8, "--output_dir", tmp_path / "refused")
+    card = (out / "README.md").read_text()
+    assert f"Trained from `{pipeline}`, `{one}` with" in card
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_the_same_run_gives_the_same_files(script, run, default):
+    """To the byte: what PEFT keeps as a set has no order."""
+    result = ["pytorch_lora_weights.safetensors", "transformer/diffusion_pytorch_model.safetensors"]
+    one, other = default(script), run(script)
+    same = [(one / name).read_bytes() == (other / name).read_bytes() for name in result if (one / name).exists()]
+    assert same == [True]
+
+
+@covers("--save_dtype")
+@pytest.mark.parametrize("script", [SOAR, LORA])
+def test_save_dtype(script, run, default, tmp_path):
+    """Of the result: what was trained, rounded once; float32 without mixed precision, else bf16; in one file."""
+    trained = weights(default(script))
+    assert {tensor.dtype for tensor in trained.values()} == {torch.float32}
+    for name, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16)):
+        out = weights(run(script, "--save_dtype", name, "--output_dir", tmp_path / name))
+        assert all(torch.equal(tensor, trained[key].to(dtype)) for key, tensor in out.items())
+    mixed = run(script, "--mixed_precision", "bf16", "--output_dir", tmp_path / "mixed")
+    assert {tensor.dtype for tensor in weights(mixed).values()} == {torch.bfloat16}
 
 
 @covers("--use_dora")
@@ -1045,56 +1119,3 @@ def test_report_to(run, default):
     assert events.Scalars("lr")[0].value == pytest.approx(1e-3)
     assert [image.step for image in events.Images("validation")] == [1, 2]
     assert not list(default(SOAR).rglob("events*"))
-
-
-@covers("--push_to_hub", "--hub_model_id", "--hub_token")
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_push_to_hub(script, run, monkeypatch, tmp_path, caplog):
-    """Only the result and its card are uploaded, to the repository that was named; no secret is in any file or log."""
-    caplog.set_level(logging.INFO)
-    tokens, calls = [], []
-
-    class Hub:
-        def __init__(self, token=None):
-            tokens.append(token)
-
-        def create_repo(self, name, **more):
-            calls.append(name)
-            return huggingface_hub.RepoUrl(f"https://huggingface.co/{name if '/' in name else 'me/' + name}")
-
-        def upload_folder(self, repo_id, folder_path, allow_patterns, **more):
-            files = [
-                path.relative_to(folder_path).as_posix() for path in Path(folder_path).rglob("*") if path.is_file()
-            ]
-            calls.append((repo_id, set(filter_repo_objects(files, allow_patterns=allow_patterns))))
-
-    monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
-    monkeypatch.setenv("HF_TOKEN", "hf_fromtheenvironment")
-    arguments = (
-        "--validation_prompt",
-        "a cat",
-        "--checkpointing_steps",
-        1,
-        "--cache_latents",
-        "--report_to",
-        "tensorboard",
-    )
-    out = run(script, *arguments, "--push_to_hub", "--hub_model_id", "me/mine", "--hub_token", "hf_mysecret")
-    assert tokens == ["hf_mysecret"] and calls[0] == "me/mine"
-    result = {"README.md", "training_args.json", "samples/0-0.png"}
-    parts = {"transformer/config.json", "transformer/diffusion_pytorch_model.safetensors"}
-    assert calls[1] == ("me/mine", result | ({"pytorch_lora_weights.safetensors"} if script == LORA else parts))
-    for path in out.rglob("*"):
-        if path.is_file():
-            data = path.read_bytes()
-            assert b"hf_mysecret" not in data and b"hf_fromtheenvironment" not in data, path
-    assert "hf_mysecret" not in caplog.text
-    assert "me/mine" in (out / "README.md").read_text()
-
-    calls.clear()
-    run(script, "--push_to_hub", "--hub_token=hf_mysecret", "--output_dir", tmp_path / "named")
-    assert calls[0] == "named" and calls[1][0] == "me/named"
-    assert not any(b"hf_mysecret" in path.read_bytes() for path in (tmp_path / "named").rglob("*") if path.is_file())
-    calls.clear()
-    run(script, "--output_dir", tmp_path / "quiet")
-    assert not calls

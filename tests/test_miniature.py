@@ -8,7 +8,6 @@ import re
 import shutil
 import subprocess
 import sys
-from types import SimpleNamespace
 
 import evaluate
 import experiment
@@ -19,6 +18,7 @@ import torch
 import train_control
 import words
 import world
+from diffusers import training_utils
 from harness import ROOT
 from PIL import Image
 from safetensors.torch import save_file
@@ -139,7 +139,7 @@ def test_checkpoints_are_scored_by_their_average(tmp_path):
     base = tmp_path / "base"
     make = [sys.executable, ROOT / "examples" / "make_tiny_sd3.py", base, "--size", "mini"]
     subprocess.run(make, check=True)
-    whole = evaluate.load_pipeline(base, None).transformer
+    whole = evaluate.load_pipeline(base, base).transformer
     checkpoint = tmp_path / "checkpoint-1"
     whole.save_pretrained(checkpoint / "transformer")
     average = {str(i): parameter + i for i, parameter in enumerate(whole.parameters())}
@@ -169,7 +169,7 @@ def test_true_state_has_no_rollout(monkeypatch):
     """Its auxiliary states are ideal ones, of the same latents, noise and levels, whatever the velocity is."""
     for name in ("add_noise", "rollout_step"):
         monkeypatch.setattr(soar_utils, name, getattr(soar_utils, name))  # put back afterwards
-    train_control.true_state(None)
+    train_control.true_state()
     latents, noise, velocity = torch.randn(3, 2, 4, 5, 5)
     sigma, sigma_next, sigma_aux = torch.tensor([[0.8, 0.5], [0.7, 0.4], [0.9, 0.6]])
     noisy_latents = soar_utils.add_noise(latents, noise, sigma)
@@ -181,14 +181,13 @@ def test_true_state_has_no_rollout(monkeypatch):
 
 def test_sigma_mixture_is_soars(monkeypatch):
     """The levels of 20,000 SFT samples against those of SOAR's states, drawn by its own formulas."""
-    import train_sd3_sft
-
-    script = SimpleNamespace(compute_density_for_timestep_sampling=train_sd3_sft.compute_density_for_timestep_sampling)
-    train_control.sigma_mixture(script)
+    name = "compute_density_for_timestep_sampling"
+    monkeypatch.setattr(training_utils, name, getattr(training_utils, name))  # put back afterwards
+    train_control.sigma_mixture()
     generator = torch.Generator().manual_seed(0)
     density = ("logit_normal", 1, 0.0, 1.0, 1.29)
     drawn = torch.cat(
-        [script.compute_density_for_timestep_sampling(*density, generator=generator) for _ in range(20000)]
+        [training_utils.compute_density_for_timestep_sampling(*density, generator=generator) for _ in range(20000)]
     )
     sigma = soar_utils.shift_sigma(drawn, 3.0)
     base = soar_utils.shift_sigma(torch.sigmoid(torch.randn(70000, generator=generator)), 3.0)
@@ -216,7 +215,7 @@ def test_from_scenes_to_the_table(tmp_path):
             kept += [own[0], own[prompts.index(prompts[0], 1) if prompts.count(prompts[0]) > 1 else 1]]
         file.write_text("\n".join(kept) + "\n")
     experiment.make_base(out, 0, 2)
-    experiment.score(out, results, 0, None, "base0")
+    experiment.score(out, results, 0, out / "base_0", "base0")
     runs = [experiment.Run(arm, 0.1, 0, 0) for arm in ("SFT", "true state")]
     for run in runs:
         folder = experiment.train(out, run, 3)

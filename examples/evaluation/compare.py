@@ -62,16 +62,12 @@ OUTPUTS = {"table.md", "comparison.json", "scores.png", "report.html"}
 
 
 def parse_args(input_args=None):
-    parser = argparse.ArgumentParser(
-        description="Compare scored runs by numbers and side by side.", allow_abbrev=False
-    )
+    parser = argparse.ArgumentParser(description=__doc__.strip().split("\n")[0], allow_abbrev=False)
     parser.add_argument("runs", nargs="+", metavar="NAME=FOLDER", help="Scored runs; differences are from the first.")
     parser.add_argument("--output_dir", type=Path, default=Path("comparison"))
-    parser.add_argument("--thumbnail_size", type=int, default=256, help="Longer side in the page, in pixels.")
-    args = parser.parse_args(input_args)
-    if not 16 <= args.thumbnail_size <= 1024:
-        parser.error(f"--thumbnail_size {args.thumbnail_size}: want 16 to 1024 pixels")
-    return args
+    size = script.number(int, 16, 1024)
+    parser.add_argument("--thumbnail_size", type=size, default=256, help="Longer side in the page, in pixels.")
+    return parser.parse_args(input_args)
 
 
 def read_scored(folder):
@@ -99,16 +95,13 @@ def read_scored(folder):
             image["scores"][path.stem] = None
         for _, row in script.read_json_lines(path):
             name, score = row.get("file_name"), row.get("score")
-            if name not in files or not isinstance(score, int | float | None):
+            if not isinstance(name, str) or name not in files or not isinstance(score, int | float | None):
                 script.fail(f"{path}: {name} is not in metadata.jsonl, or its score is no number; score it again")
             image = files[name]
             image["scores"][path.stem] = score if score is not None and math.isfinite(score) else None
-            details = {
-                k: v
-                for k, v in row.items()
-                if k not in ("file_name", "digest", "score") and v not in (None, "", [], {})
-            }
-            image["notes"] += [f"{LABELS.get(path.stem, path.stem)} {k}: {str(v)[:300]}" for k, v in details.items()]
+            for key, value in row.items():
+                if key not in ("file_name", "digest", "score") and value not in (None, "", [], {}):
+                    image["notes"].append(f"{LABELS.get(path.stem, path.stem)} {key}: {str(value)[:300]}")
             if path.stem == "geneval" and image["tag"] is None:
                 script.fail(f'{folder}/metadata.jsonl: {name} has no "tag", the task that GenEval is averaged over')
     if all(score is None for image in images.values() for score in image["scores"].values()):
@@ -143,7 +136,7 @@ def compare(runs):
             differences[metric][name] = summarise(pairs, tags)
     for name in list(runs)[1:]:
         if not any(name in found for found in differences.values()):
-            script.fail(f"{first} and {name} have no pair: the same prompt and image_index with the same metric")
+            script.fail(f"{first} and {name} have no pair: no prompt and image_index has the same metric in both")
     return dict(scores), dict(differences)
 
 
@@ -151,10 +144,8 @@ def read_settings(folders):
     """By setting in which the runs' `generation.json` differ, its value in each; `folders` as in [`make_cards`]."""
     settings = {}
     for name, file in ((name, folder / "generation.json") for name, folder in folders.items()):
-        try:
+        with script.failing_with(f"{file} is not a JSON object"):
             settings[name] = dict(json.loads(file.read_text("utf-8"))) if file.is_file() else {}
-        except (ValueError, TypeError) as error:
-            script.fail(f"{file} is not a JSON object: {error}")
     keys = dict.fromkeys(key for found in settings.values() for key in found)
     rows = {key: {name: found.get(key) for name, found in settings.items()} for key in keys}
     return {key: row for key, row in rows.items() if len({json.dumps(value) for value in row.values()}) > 1}
@@ -276,12 +267,10 @@ def make_cards(runs, folders, metrics, size, output):
 
 def check_output(output):
     """Refuse a folder that cannot be written, or that holds what this tool did not make."""
-    try:
+    with script.failing_with(f"--output_dir {output}"):
         output.parent.mkdir(parents=True, exist_ok=True)
         names = {path.name for path in output.iterdir()} if output.exists() else set()
         marker = (output / "comparison.json").read_text("utf-8") if "comparison.json" in names else ""
-    except (OSError, ValueError) as error:
-        script.fail(f"--output_dir {output}: {error}")
     if names and not (names <= OUTPUTS and MADE_BY in marker):
         found = ", ".join(sorted(names - OUTPUTS)[:3]) or "it has no comparison.json of this script"
         script.fail(f"--output_dir {output} is not, or not only, an earlier comparison ({found}): name another folder")

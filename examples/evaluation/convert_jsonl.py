@@ -15,14 +15,7 @@ import argparse
 import sys
 
 from accelerate import PartialState
-from data_sets import (
-    add_data_arguments,
-    add_output_arguments,
-    check_data_arguments,
-    check_output_arguments,
-    read_data,
-    write_data_set,
-)
+from data_sets import add_data_arguments, add_output_arguments, check_output_arguments, read_data, write_data_set
 
 
 def main(input_args=None):
@@ -30,8 +23,6 @@ def main(input_args=None):
     add_data_arguments(parser)
     add_output_arguments(parser)
     args = parser.parse_args(input_args)
-    if not check_data_arguments(parser, args):
-        parser.error("give a data set: --dataset_name, --train_data_dir, or --jsonl_path with --image_dir")
     check_output_arguments(parser, args)
     PartialState()  # for the log
     rows = read_data(args)

@@ -27,7 +27,9 @@ def add_data_arguments(parser):
     add("--image_dir", help="Folder of the images of --jsonl_path.")
     add("--image_column", default="image")
     add("--caption_column", default="text")
-    add("--max_train_samples", type=script.at_least(1), help="Use the first N images.")
+    add("--max_train_samples", type=script.number(int, 1), help="Use the first N images.")
+    # `load_images` reads these, too: no caption is made up, and the token is that of `hf auth login`.
+    parser.set_defaults(instance_prompt=None, hub_token=None)
 
 
 def check_data_arguments(parser, args):
@@ -77,7 +79,7 @@ def add_output_arguments(parser):
     add("--output_dir", type=Path, required=True, help="Folder to write, which must not exist.")
     add("--to", choices=["image_folder", "jsonl"], default="image_folder", help="Format. Default: image_folder.")
     add("--copy", action="store_true", help="Copy the images; hard links need the same file system.")
-    add("--resolution", type=script.at_least(16), help="Of `bh` and `bw`. Default: the source's own, or 512.")
+    add("--resolution", type=script.number(int, 16), help="Of `bh` and `bw`. Default: the source's own, or 512.")
     add("--use_aspect_ratio_buckets", action="store_true", help="Several shapes of about --resolution^2.")
     add("--aspect_ratio_buckets", help='The shapes, as "height,width;height,width".')
 
@@ -92,7 +94,9 @@ def output_sizes(args):
 
 
 def check_output_arguments(parser, args):
-    """Refuse sizes that no script takes, and an output folder that exists, or would lie among the data."""
+    """Refuse no data, sizes that no script takes, and an output folder that exists, or would lie among the data."""
+    if not check_data_arguments(parser, args):
+        parser.error("give a data set: --dataset_name, --train_data_dir, or --jsonl_path with --image_dir")
     if args.output_dir.exists():
         parser.error(f"--output_dir {args.output_dir} exists: choose another folder, or remove it")
     for folder in filter(None, (args.output_dir, getattr(args, "scores_dir", None))):

@@ -20,14 +20,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import PartialState
-from data_sets import (
-    add_data_arguments,
-    add_output_arguments,
-    check_data_arguments,
-    check_output_arguments,
-    read_data,
-    write_data_set,
-)
+from data_sets import add_data_arguments, add_output_arguments, check_output_arguments, read_data, write_data_set
 from runs import script
 from scoring import METRICS, Unavailable, identify, load_scorer, make_folder, read_scores, score, unscored
 
@@ -65,15 +58,13 @@ def main(input_args=None):
     parser = argparse.ArgumentParser(description=__doc__.strip().split("\n")[0], allow_abbrev=False)
     parser.add_argument("--metric", choices=list(METRICS), required=True)
     cut = parser.add_mutually_exclusive_group(required=True)
-    cut.add_argument("--min_score", type=script.finite, help="Keep the images that score at least this.")
-    cut.add_argument("--top_fraction", type=script.between(1e-9, 1), help="Keep this part of the images.")
-    parser.add_argument("--batch_size", type=script.at_least(1), default=16, help="Images scored at once.")
+    cut.add_argument("--min_score", type=script.number(), help="Keep the images that score at least this.")
+    cut.add_argument("--top_fraction", type=script.number(float, 1e-9, 1), help="Keep this part of the images.")
+    parser.add_argument("--batch_size", type=script.number(int, 1), default=16, help="Images scored at once.")
     parser.add_argument("--scores_dir", type=Path, help="Default: OUTPUT_DIR-scores.")
     add_data_arguments(parser)
     add_output_arguments(parser)
     args = parser.parse_args(input_args)
-    if not check_data_arguments(parser, args):
-        parser.error("give a data set: --dataset_name, --train_data_dir, or --jsonl_path with --image_dir")
     check_output_arguments(parser, args)
     folder = args.scores_dir or args.output_dir.with_name(args.output_dir.name + "-scores")
 

@@ -49,8 +49,8 @@ def parse_args(input_args=None):
     add("--revision", help="Hub revision of the pipeline.")
     add("--variant", help="Variant of the weight files, for example fp16.")
     add("--transformer", help="A full fine-tune: folder or hub id with `transformer/` in it.")
-    add("--lora", help="A LoRA: folder or hub id with `pytorch_lora_weights.safetensors`.")
-    add("--lora_scale", type=script.finite, default=1.0)
+    add("--lora", help="A LoRA on that: folder or hub id with `pytorch_lora_weights.safetensors`.")
+    add("--lora_scale", type=script.number(), default=1.0)
     add("--mixed_precision", choices=list(DTYPES), help="Type of the weights. Default: bf16 on a GPU, else no.")
     add("--offload", action="store_true", help="For small cards: parts of the pipeline wait in the host's memory.")
 
@@ -61,31 +61,29 @@ def parse_args(input_args=None):
     add("--dataset_config_name", help="Configuration of --dataset_name.")
     add("--dataset_split", default="train")
     add("--prompt_column", default="prompt", help="Field of the .jsonl, or column of the data set.")
-    add("--max_prompts", type=script.at_least(1), help="The first N prompts.")
-    add("--images_per_prompt", type=script.at_least(1), default=1)
+    add("--max_prompts", type=script.number(int, 1), help="The first N prompts.")
+    add("--images_per_prompt", type=script.number(int, 1), default=1)
 
     sampling = parser.add_argument_group("sampling")
     add = sampling.add_argument
-    add("--num_inference_steps", type=script.at_least(1), default=40)
-    add("--guidance_scale", type=script.at_least(0, float), default=4.5)
+    add("--num_inference_steps", type=script.number(int, 1), default=40)
+    add("--guidance_scale", type=script.number(float, 0), default=4.5)
     add("--resolution", type=multiple_of_16, help="Width and height in pixels. Default: the model's own.")
-    add("--max_sequence_length", type=script.between(1, 512, int), help="T5 tokens, as in training. Default: its own.")
-    add("--batch_size", type=script.at_least(1), default=4, help="Images at once, on each process.")
-    add("--seed", type=script.at_least(0), default=0)
+    add("--max_sequence_length", type=script.number(int, 1, 512), help="T5 tokens, as in training. Default: its own.")
+    add("--batch_size", type=script.number(int, 1), default=4, help="Images at once, on each process.")
+    add("--seed", type=script.number(int, 0), default=0)
     add("--output_dir", type=Path, required=True)
     args = parser.parse_args(input_args)
     if (args.prompts is None) == (args.dataset_name is None):
         parser.error("give exactly one of --prompts and --dataset_name")
     if args.lora and os.path.isdir(args.lora) and not os.path.isfile(os.path.join(args.lora, LORA_FILE)):
         parser.error(f"--lora {args.lora}: no {LORA_FILE} in that folder")
-    if args.transformer and args.lora:
-        parser.error("--transformer and --lora: give one; merge the LoRA first to have both")
     return args
 
 
 def multiple_of_16(text):
     """Argparse type: a size in pixels that every pipeline takes."""
-    value = script.at_least(16)(text)
+    value = script.number(int, 16)(text)
     if value % 16:
         raise argparse.ArgumentTypeError(f"must be divisible by 16, got {text}")
     return value
@@ -198,7 +196,7 @@ def check_settings(args, rows):
 
 
 def load_pipeline(args, device):
-    """The pipeline, with the full fine-tune or the LoRA in it, on its device."""
+    """The pipeline, with the full fine-tune and the LoRA in it, on its device."""
     source = args.pretrained_model_name_or_path
     with script.failing_with(f"--pretrained_model_name_or_path {source}"):
         kind = getattr(diffusers, DiffusionPipeline.load_config(source, revision=args.revision)["_class_name"])
@@ -217,7 +215,8 @@ def load_pipeline(args, device):
             variant=args.variant,
         )
         if args.offload:
-            pipeline.enable_model_cpu_offload(device=device)
+            with script.failing_with("--offload"):
+                pipeline.enable_model_cpu_offload(device=device)
         else:
             pipeline.to(device)  # complains of weights that the files did not have
     pipeline.set_progress_bar_config(disable=True)

@@ -6,7 +6,7 @@ its scores with an interval.
 
 import os
 import sys
-from collections import Counter, defaultdict
+from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
@@ -25,16 +25,17 @@ def read_rows(folder):
     path = Path(folder) / "metadata.jsonl"
     if not path.is_file():
         script.fail(f"{folder} has no metadata.jsonl: run generate_images.py to its end first")
-    rows = [row for _, row in script.read_json_lines(path)]
-    for row in rows:
-        if not isinstance(row.get("file_name"), str) or not isinstance(row.get("text"), str):
-            script.fail(f"{path}: every line needs the fields `file_name` and `text`, and {row} does not have them")
-        if not script.is_inside(Path(folder, row["file_name"]), folder):
-            script.fail(f"{path}: {row['file_name']} leads out of {folder}")
-    names = Counter(row["file_name"] for row in rows)
-    if twice := [name for name, count in names.items() if count > 1]:
-        script.fail(f"{path}: {twice[0]} is twice there")
-    return rows
+    rows = {}
+    for where, row in script.read_json_lines(path):
+        name = row.get("file_name")
+        if not isinstance(name, str) or not isinstance(row.get("text"), str):
+            script.fail(f"{where} needs the fields `file_name` and `text`")
+        if not script.is_inside(Path(folder, name), folder):
+            script.fail(f"{where}: {name} leads out of {folder}")
+        if name in rows:
+            script.fail(f"{path}: {name} is twice there")
+        rows[name] = row
+    return list(rows.values())
 
 
 def summarise(values, tags=None):

@@ -72,7 +72,7 @@ def main(input_args=None):
     parser = argparse.ArgumentParser(description=__doc__.strip().split("\n")[0], allow_abbrev=False)
     parser.add_argument("runs", nargs="*", type=Path, help="Folders of generate_images.py.")
     parser.add_argument("--metrics", required=True, help=f"Some of {','.join(METRICS)}.")
-    parser.add_argument("--batch_size", type=script.at_least(1), default=16, help="Images at once.")
+    parser.add_argument("--batch_size", type=script.number(int, 1), default=16, help="Images at once.")
     parser.add_argument("--output_dir", type=Path, help="Where the scores of a data set go.")
     add_data_arguments(parser)
     args = parser.parse_args(input_args)

@@ -37,9 +37,9 @@ BATCH = 100
 
 
 def load_pipeline(base, run):
-    """The base pipeline, in float32, with what the run at `run` trained; `None` is the base itself."""
-    pipeline = load_trained(base, **find_trained(base if run is None else run))
-    if run is not None and (run / "ema.safetensors").exists():  # a checkpoint keeps the average apart
+    """The pipeline `base`, in float32, with the transformer of the run or checkpoint at `run`."""
+    pipeline = load_trained(base, **find_trained(run))
+    if (run / "ema.safetensors").exists():  # a checkpoint keeps the average apart
         average = load_file(run / "ema.safetensors")
         for i, parameter in enumerate(pipeline.transformer.parameters()):
             parameter.data.copy_(average.pop(str(i)))
@@ -127,8 +127,8 @@ def measure(source, pipeline, prompts, records, truth, embeds, guidance, steps):
 
 def main():
     parser = argparse.ArgumentParser(description="Score a run of the experiment.")
-    parser.add_argument("--base", type=Path, required=True, help="Pipeline that the run began from.")
-    parser.add_argument("--run", type=Path, help="Its --output_dir. Default: the base itself.")
+    parser.add_argument("--base", type=Path, required=True, help="Pipeline of which the run trained the transformer.")
+    parser.add_argument("--run", type=Path, required=True, help="Its --output_dir.")
     parser.add_argument("--world", type=Path, required=True, help="Folder of world.py, or of words.py.")
     parser.add_argument("--words", action="store_true", help="It is the one of words.py.")
     parser.add_argument("--output", type=Path, required=True, help="JSON file to write.")

@@ -132,11 +132,12 @@ def size_of(pipeline):
     return 4 * json.loads((pipeline / "transformer" / "config.json").read_text())["sample_size"]
 
 
-def training_flags(out, pipeline, data, run_dir, seed, dropout, steps):
+def training_flags(out, world, part, run_dir, seed, dropout, steps):
+    pipeline = out / f"raw_{world}"
     size = size_of(pipeline)
-    return f"""--pretrained_model_name_or_path {pipeline} --train_data_dir {data} --output_dir {run_dir}
+    return f"""--pretrained_model_name_or_path {pipeline} --train_data_dir {out}/{world}/{part} --output_dir {run_dir}
         --cache_dir {out}/cache --cache_prompt_embeds --resolution {size} --max_sequence_length {PROMPT_TOKENS}
-        --cond_dropout_rate {dropout} --max_train_steps {steps} --seed {seed}
+        --cond_dropout_rate {dropout} --max_train_steps {steps} --seed {seed} --save_dtype fp32
         --mixed_precision {"no" if size == 32 else "bf16"}
         --report_to tensorboard --resume_from_checkpoint latest""".split()
 
@@ -148,21 +149,13 @@ def world_of(base):
 
 def make_base(out, name, steps, threads=1):
     """A base model: a transformer trained on the noisy pictures. Numbered ones differ in seed; "words" knows words."""
-    base = out / f"base_{name}"
-    if base.exists():
+    run_dir, seed = out / f"base_{name}", 0 if name == "words" else name
+    if (run_dir / "training_args.json").exists():
         return
-    seed = 0 if name == "words" else name
-    raw, run_dir = out / f"raw_{world_of(name)}", out / f"base_{name}_run"
-    flags = training_flags(out, raw, out / world_of(name) / "noisy", run_dir, seed, 0.1, steps)
+    flags = training_flags(out, world_of(name), "noisy", run_dir, seed, 0.1, steps)
     flags += "--train_batch_size 32 --learning_rate 2e-3 --lr_scheduler cosine --lr_warmup_steps 100".split()
     flags += "--checkpointing_steps 1000 --checkpoints_total_limit 1".split()
     call(out / "logs" / f"base_{name}.log", SFT, *flags, threads=threads)
-    partial = out / f"base_{name}.partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    shutil.copytree(raw, partial)
-    shutil.rmtree(partial / "transformer")
-    shutil.copytree(run_dir / "transformer", partial / "transformer")
-    partial.rename(base)
 
 
 def make_raw(out, world, model, threads):
@@ -184,9 +177,9 @@ def train(out, run, steps):
     run_dir, (script, differences, control) = out / "runs" / run.name, ARMS[run.arm]
     if (run_dir / "training_args.json").exists():
         return run_dir
-    base, data = out / f"base_{run.base}", out / world_of(run.base) / "curated"
-    flags = training_flags(out, base, data, run_dir, 100 + run.seed, run.dropout, steps)
-    flags += f"{COMMON} --checkpointing_steps {CHECKPOINTS[0]} {differences}".split()
+    flags = training_flags(out, world_of(run.base), "curated", run_dir, 100 + run.seed, run.dropout, steps)
+    flags += f"--transformer {out}/base_{run.base} --checkpointing_steps {CHECKPOINTS[0]}".split()
+    flags += f"{COMMON} {differences}".split()
     if script != SFT:
         flags += ["--aux_batch_size", "48"]  # all auxiliary states at once, which is faster and changes nothing else
     command = [script, *flags] if control is None else [HERE / "train_control.py", control, script, *flags]
@@ -199,10 +192,11 @@ def missing(results, name):
 
 
 def score(out, results, base, run_dir, name, *flags):
-    """Score a run, or with `run_dir` `None` its base, unless that has been done."""
+    """Score the run, or the base, that is at `run_dir`, unless that has been done."""
     if missing(results, name):
-        flags = [*flags, *(["--run", run_dir] if run_dir else []), "--base", out / f"base_{base}"]
-        flags += ["--world", out / world_of(base), *(["--words"] if base == "words" else [])]
+        world = world_of(base)
+        flags = [*flags, "--run", run_dir, "--base", out / f"raw_{world}", "--world", out / world]
+        flags += ["--words"] if base == "words" else []
         call(out / "logs" / f"{name}.log", HERE / "evaluate.py", *flags, "--output", results / f"{name}.json")
 
 
@@ -211,8 +205,9 @@ def measure_gap(out, results, group):
     base, name = out / f"base_{group[0].base}", group[0].gap
     if missing(results, name):
         models = [f"base={base}", *(f"{run.slug}={out / 'runs' / run.name}" for run in group)]
-        flags = f"""--pretrained_model_name_or_path {base} --train_data_dir {out}/world/unseen
-            --resolution {size_of(base)} --max_sequence_length {PROMPT_TOKENS} --num_samples 128 --batch_size 64
+        raw = out / "raw_world"
+        flags = f"""--pretrained_model_name_or_path {raw} --train_data_dir {out}/world/unseen
+            --resolution {size_of(raw)} --max_sequence_length {PROMPT_TOKENS} --num_samples 128 --batch_size 64
             --mixed_precision no --output_dir {out}/gap/{name} --models""".split()
         call(out / "logs" / f"{name}.log", ROOT / "examples" / "measure_exposure_bias.py", *flags, *models)
         shutil.copy(out / "gap" / name / "exposure_bias.json", results / f"{name}.json")
@@ -266,7 +261,7 @@ def main():
                 with locks[base]:
                     base_steps = round(args.base_steps * (WORDS_BASE_PART if base == "words" else 1))
                     make_base(out, base, base_steps, threads=max(1, args.workers // len(locks)))
-                    score(out, results, base, None, f"base{base}", *(["--quick"] if quick else []))
+                    score(out, results, base, out / f"base_{base}", f"base{base}", *(["--quick"] if quick else []))
                 if isinstance(item, Run):
                     do(out, results, item, args.steps, quick)
             except BaseException:

@@ -18,6 +18,7 @@ import sys
 from pathlib import Path
 
 import torch
+from diffusers import training_utils
 
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -27,7 +28,7 @@ import soar_utils  # noqa: E402
 SHIFT, NUM_SAMPLING_STEPS, AUX_SHARE = 3.0, 40, 6 / 7  # SOAR's defaults, and SD3.5's shift
 
 
-def true_state(script):
+def true_state():
     """Replace the rollout's end by the ideal state of the same latents and noise."""
     ideal, add_noise = {}, soar_utils.add_noise
 
@@ -41,9 +42,9 @@ def true_state(script):
     soar_utils.add_noise, soar_utils.rollout_step = remember, rollout_step
 
 
-def sigma_mixture(script):
+def sigma_mixture():
     """Draw most noise levels as SOAR draws its auxiliary ones: uniform from one sampling step below sigma up to 1."""
-    density = script.compute_density_for_timestep_sampling
+    density = training_utils.compute_density_for_timestep_sampling
 
     def mixture(*inputs, generator=None, **more):
         u = density(*inputs, generator=generator, **more)
@@ -54,7 +55,7 @@ def sigma_mixture(script):
         sigma_next = soar_utils.next_sigma(sigma, NUM_SAMPLING_STEPS, SHIFT)
         return soar_utils.unshift_sigma(sigma_next + place * (1 - sigma_next), SHIFT)
 
-    script.compute_density_for_timestep_sampling = mixture
+    training_utils.compute_density_for_timestep_sampling = mixture
 
 
 CONTROLS = {"true_state": true_state, "sigma_mixture": sigma_mixture}
@@ -63,8 +64,8 @@ CONTROLS = {"true_state": true_state, "sigma_mixture": sigma_mixture}
 def main():
     if len(sys.argv) < 3 or sys.argv[1] not in CONTROLS:
         sys.exit(f"usage: train_control.py {{{','.join(CONTROLS)}}} SCRIPT FLAGS...")
+    CONTROLS[sys.argv[1]]()
     script = importlib.import_module(Path(sys.argv[2]).stem)
-    CONTROLS[sys.argv[1]](script)
     sys.argv = sys.argv[2:]  # the model card shows the script's own command
     script.main(script.parse_args())
 

@@ -2,12 +2,13 @@
 """
 Draw one sheet of samples from several models: a row each, a prompt a column, the same starting noise down a column.
 
-    python examples/quickstart/compare_models.py --pretrained_model_name_or_path outputs/base \
-        --models base=outputs/base SOAR=outputs/soar SOAR-LoRA=outputs/soar_lora \
+    python examples/quickstart/compare_models.py --pretrained_model_name_or_path outputs/small \
+        --transformer outputs/base --models base=outputs/base SOAR=outputs/soar SOAR-LoRA=outputs/soar_lora \
         --prompts "a red circle" "two blue stars" --output samples.png
 
 A model is what a training run left: a folder with `transformer/`, or with `pytorch_lora_weights.safetensors`. The
-pipeline of `--pretrained_model_name_or_path` gives the rest.
+pipeline of `--pretrained_model_name_or_path` gives the rest, `--transformer` what a LoRA was trained on, if not the
+pipeline's own.
 """
 
 import argparse
@@ -63,6 +64,7 @@ def draw_sheet(rows, prompts, path):
 def main():
     parser = argparse.ArgumentParser(description="Draw one sheet of samples from several models.")
     parser.add_argument("--pretrained_model_name_or_path", required=True, help="Pipeline the models belong to.")
+    parser.add_argument("--transformer", help="Full fine-tune that the LoRAs among the models belong to.")
     parser.add_argument("--models", nargs="+", required=True, metavar="NAME=FOLDER")
     parser.add_argument("--prompts", nargs="+", required=True)
     parser.add_argument("--output", type=Path, default=Path("samples.png"))
@@ -76,7 +78,7 @@ def main():
     for item in args.models:
         name, _, folder = item.partition("=")
         try:
-            models[name] = find_trained(Path(folder).resolve(strict=True))
+            models[name] = {"transformer": args.transformer} | find_trained(Path(folder).resolve(strict=True))
         except (OSError, ValueError) as error:
             parser.exit(2, f"error: {item}: want NAME=FOLDER: {error}\n")
 

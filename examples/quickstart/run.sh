@@ -46,24 +46,15 @@ make_model() {
     $python examples/quickstart/train_vae.py "$out/small" "$out/world/noisy" "$out/world/curated"
 }
 
-# train SCRIPT FROM DATA NAME ARGUMENTS...
+# train SCRIPT DATA NAME ARGUMENTS...
 train() {
-    local script=$1 from=$2 data=$3 name=$4
-    shift 4
-    $python "$script" --pretrained_model_name_or_path "$out/$from" --train_data_dir "$out/world/$data" \
+    local script=$1 data=$2 name=$3
+    shift 3
+    $python "$script" --pretrained_model_name_or_path "$out/small" --train_data_dir "$out/world/$data" \
         --output_dir "$out/$name" --cache_dir "$out/cache" --resolution 48 --center_crop --max_sequence_length 12 \
         --cache_latents --cache_prompt_embeds --cond_dropout_rate 0.1 --train_batch_size 16 --mixed_precision no \
         --lr_warmup_steps 50 --checkpointing_steps 200 --checkpoints_total_limit 1 --resume_from_checkpoint latest \
         --skip_final_inference --report_to tensorboard --seed 0 "$@"
-}
-
-# A run leaves only the transformer: the toy pipeline with that transformer in it is the base model.
-assemble_base() {
-    rm -rf "$out/base" "$out/base.partial"
-    cp -R "$out/small" "$out/base.partial"
-    rm -r "$out/base.partial/transformer"
-    cp -R "$out/base_run/transformer" "$out/base.partial/transformer"
-    mv "$out/base.partial" "$out/base"
 }
 
 steps=600
@@ -80,15 +71,14 @@ lora="--max_train_steps 450 --learning_rate 4e-3 --lr_scheduler cosine --rank 64
 {
     stage pictures draw
     stage toy-model make_model
-    stage base train train_sd3_sft.py small noisy base_run --max_train_steps 600 --learning_rate 1e-3 \
+    stage base train train_sd3_sft.py noisy base --max_train_steps 600 --learning_rate 1e-3 \
         --lr_scheduler constant_with_warmup
-    stage base-pipeline assemble_base
-    stage SFT train train_sd3_sft.py base curated sft $full
-    stage SOAR train train_sd3_soar.py base curated soar $full $soar
-    stage SOAR-LoRA train train_sd3_soar_lora.py base curated soar_lora $lora $soar
+    stage SFT train train_sd3_sft.py curated sft --transformer "$out/base" $full
+    stage SOAR train train_sd3_soar.py curated soar --transformer "$out/base" $full $soar
+    stage SOAR-LoRA train train_sd3_soar_lora.py curated soar_lora --transformer "$out/base" $lora $soar
 }
 
-stage samples $python examples/quickstart/compare_models.py --pretrained_model_name_or_path "$out/base" \
+stage samples $python examples/quickstart/compare_models.py --pretrained_model_name_or_path "$out/small" --transformer "$out/base" \
     --models base="$out/base" SFT="$out/sft" SOAR="$out/soar" SOAR-LoRA="$out/soar_lora" --output "$out/samples.png" \
     --max_sequence_length 12 --num_inference_steps 20 --guidance_scale 3 --prompts \
     "a red circle" "a blue star" "two hearts" "three triangles" "four crosses" \
@@ -104,7 +94,7 @@ Look at
     $out/soar_lora/pytorch_lora_weights.safetensors  the LoRA file, for pipeline.load_lora_weights
     $out/soar/README.md                              a model card; each run has one
 
-The same for Stable Diffusion 3.5 Medium, on a GPU, with a folder of your images and their metadata.jsonl:
+The same for Stable Diffusion 3.5 Medium, on a GPU, with a folder of your images, a NAME.txt with its caption beside each:
 
     .venv/bin/accelerate launch train_sd3_soar_lora.py \\
         --pretrained_model_name_or_path stabilityai/stable-diffusion-3.5-medium \\

@@ -1,0 +1,180 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What other programs make of the results: the table of names, ComfyUI's own numbers, and PEFT's merged weights."""
+
+import json
+
+import convert_for_ui
+import numpy as np
+import pytest
+import torch
+from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
+from harness import ROOT, weights
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+
+DATA = ROOT / "tests" / "data" / "comfyui"
+NAMES = json.loads((DATA / "mmdit_names.json").read_text())
+EVERYTHING = "attn.to_q,attn.to_k,attn.to_v,attn.to_out.0,attn.add_q_proj,attn.add_k_proj,attn.add_v_proj,"
+EVERYTHING += "attn.to_add_out,attn2.to_q,attn2.to_k,attn2.to_v,attn2.to_out.0,ff.net.0.proj,ff.net.2,proj_out,"
+EVERYTHING += "ff_context.net.0.proj,ff_context.net.2,norm1.linear,norm1_context.linear,norm_out.linear"
+
+
+def test_a_transformer_in_mmdit_names_and_back():
+    """Row by row of a table whose every row was loaded in ComfyUI; no tensor is left over, or lost."""
+    torch.manual_seed(0)
+    state = SD3Transformer2DModel.from_config(NAMES["config"]).state_dict()
+    state = {name: torch.randn_like(tensor) for name, tensor in state.items()}
+    converted = convert_for_ui.convert_transformer(state)
+    rows = {name: (key, start, end, note) for name, key, start, end, note in NAMES["names"]}
+    assert rows.keys() == state.keys() and {row[0] for row in rows.values()} == converted.keys()
+    for name, (key, start, end, note) in rows.items():
+        back = converted[key][start:end]
+        if "halves swapped" in note:
+            back = torch.cat([back[len(back) // 2 :], back[: len(back) // 2]])
+        assert torch.equal(back, state[name]), name
+
+
+def update(converted, key):
+    """What a program that applies alpha adds to the weight `key` of MMDiT."""
+    name = f"lora_unet_{key.removesuffix('.weight').replace('.', '_')}"
+    down, up = converted[f"{name}.lora_down.weight"].float(), converted[f"{name}.lora_up.weight"].float()
+    return converted[f"{name}.alpha"].item() / len(down) * (up.flatten(1) @ down.flatten(1))
+
+
+def test_comfyuis_numbers():
+    """Its patched weights of five layers, from a file of ours with alpha 6 and rank 2, once it applies them."""
+    expected = json.loads((DATA / "lora_expect.json").read_text())
+    base = load_file(DATA / "tiny_base_layers.safetensors")
+    path = DATA / "tiny_lora_alpha6_rank2.safetensors"
+    with safe_open(path, "pt") as file:
+        metadata = json.loads(file.metadata()["lora_adapter_metadata"])
+    converted = convert_for_ui.convert_lora(load_file(path), metadata)
+    assert len(expected["layers"]) == 5
+    for layer, found in expected["layers"].items():
+        rows = update(converted, found["mmdit_key"])[found["start_row"] : found["end_row"]]
+        assert rows.norm().item() == pytest.approx(found["norm_of_update"], rel=1e-5)
+        patched = (base[f"{layer}.weight"].float() + rows).flatten()
+        wanted = torch.tensor(found["patched_value"])
+        assert (patched[found["flat_index"]] - wanted).abs().max() < 1e-5 * found["norm_of_update"]
+        assert patched.norm().item() == pytest.approx(found["norm_of_patched"], rel=1e-5)
+
+
+@pytest.fixture
+def lora(run, tmp_path):
+    """A LoRA on every kind of layer, of alpha 9 and rank 4, whose checkpoint is kept."""
+    flags = ("--rank", 4, "--lora_alpha", 9, "--lora_layers", EVERYTHING, "--learning_rate", 1e-2)
+    return run("train_sd3_soar_lora", *flags, "--checkpointing_steps", 2, "--trajectory_length", 1)
+
+
+def merged(pipeline, folder):
+    """The base's transformer with a LoRA merged into it by PEFT."""
+    pipe = StableDiffusion3Pipeline.from_pretrained(pipeline)
+    pipe.load_lora_weights(folder)
+    pipe.fuse_lora()
+    pipe.unload_lora_weights()
+    return pipe.transformer.state_dict()
+
+
+@pytest.mark.parametrize("kind", ["result", "checkpoint"])
+def test_a_lora_in_kohyas_names_is_what_peft_makes_of_it(kind, lora, pipeline):
+    """In every layer; the result has its strength in its weights, the checkpoint in its metadata."""
+    folder = lora if kind == "result" else lora / "checkpoint-2"
+    with safe_open(folder / "pytorch_lora_weights.safetensors", "pt") as file:
+        metadata = json.loads(file.metadata()["lora_adapter_metadata"])
+    assert metadata["transformer.lora_alpha"] == (4 if kind == "result" else 9)
+    converted = convert_for_ui.convert_lora(weights(folder), metadata)
+    base = convert_for_ui.convert_transformer(weights(pipeline))
+    wanted = convert_for_ui.convert_transformer(merged(pipeline, folder))
+    names = {name.rpartition(".")[0] for name in converted if not name.endswith(".alpha")}
+    names = {name.rpartition(".")[0] for name in names}
+    changed = 0
+    for key in base:
+        if f"lora_unet_{key.removesuffix('.weight').replace('.', '_')}" in names and key.endswith(".weight"):
+            change = (wanted[key] - base[key]).flatten(1)
+            torch.testing.assert_close(update(converted, key), change, rtol=0, atol=1e-6)
+            changed += change.abs().max() > 1e-5
+        else:
+            assert torch.equal(wanted[key], base[key])
+    assert changed == len(names) > 20
+
+
+def test_some_of_query_key_and_value(run, pipeline):
+    """The others' rows are zero; rank and alpha are those of the ones that there are."""
+    out = run("train_sd3_soar_lora", "--rank", 2, "--lora_layers", "attn.to_v,attn.to_q", "--learning_rate", 1e-2)
+    converted = convert_for_ui.convert_lora(weights(out))
+    key = "joint_blocks.1.x_block.attn.qkv.weight"
+    assert converted["lora_unet_joint_blocks_1_x_block_attn_qkv.alpha"] == 4
+    change = (convert_for_ui.convert_transformer(merged(pipeline, out))[key] - weights_of(pipeline)[key]).flatten(1)
+    torch.testing.assert_close(update(converted, key), change, rtol=0, atol=1e-6)
+    assert (change[32:64] == 0).all() and change[:32].any() and change[64:].any()
+
+
+def weights_of(pipeline):
+    return convert_for_ui.convert_transformer(weights(pipeline))
+
+
+def test_the_same_run_writes_the_same_bytes(run, tmp_path):
+    """The order of a set, which differs from process to process, is in no file."""
+    for name in ("one", "two"):
+        run("train_sd3_soar_lora", "--max_train_steps", 1, "--output_dir", tmp_path / name)
+    one, two = ((tmp_path / name / "pytorch_lora_weights.safetensors").read_bytes() for name in ("one", "two"))
+    assert one == two
+    with safe_open(tmp_path / "one" / "pytorch_lora_weights.safetensors", "pt") as file:
+        layers = json.loads(file.metadata()["lora_adapter_metadata"])["transformer.target_modules"]
+        assert layers == sorted(layers) and len(layers) > 5 and not any(key.endswith(".alpha") for key in file.keys())
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora", "full"])
+def test_commands(kind, run, pipeline, tmp_path, capsys):
+    """The three of the docstring: a LoRA, a full fine-tune, and a DoRA that has to be merged."""
+    script = "train_sd3_soar" if kind == "full" else "train_sd3_soar_lora"
+    out = run(script, *(["--use_dora"] if kind == "dora" else []), "--learning_rate", 1e-2)
+    file = tmp_path / "converted.safetensors"
+    if kind == "dora":
+        with pytest.raises(SystemExit):
+            convert_for_ui.main([str(out), str(file)])
+        assert "a DoRA cannot be told in these names: merge it, by --merge_into" in capsys.readouterr().err
+        assert not file.exists()
+        convert_for_ui.main([str(out), str(file), "--merge_into", str(pipeline)])
+        wanted = {name: t.bfloat16() for name, t in convert_for_ui.convert_transformer(merged(pipeline, out)).items()}
+    else:
+        convert_for_ui.main([str(out), str(file)])
+        convert = convert_for_ui.convert_transformer if kind == "full" else convert_for_ui.convert_lora
+        wanted = convert(weights(out))
+    found = load_file(file)
+    assert found.keys() == wanted.keys() and all(torch.equal(found[name], wanted[name]) for name in wanted)
+    with pytest.raises(SystemExit):
+        convert_for_ui.main([str(out), str(file)])
+    assert "give a new file" in capsys.readouterr().err
+
+
+def test_a_file_of_something_else(tmp_path, capsys):
+    (tmp_path / "transformer").mkdir()
+    save_file({"blocks.0.weight": torch.zeros(2, 2)}, tmp_path / "transformer" / "model.safetensors")
+    for source, message in (
+        (tmp_path, "no layer of a Stable Diffusion 3 transformer"),
+        (tmp_path / "x", "no such folder"),
+    ):
+        with pytest.raises(SystemExit):
+            convert_for_ui.main([str(source), str(tmp_path / "out.safetensors")])
+        assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("dtype", [None, "fp16", "fp32"])
+@pytest.mark.parametrize("script", ["train_sd3_soar", "train_sd3_soar_lora"])
+def test_a_result_is_one_file_of_its_type(dtype, script, run, tmp_path):
+    """bf16 after mixed precision unless another is asked for; checkpoints keep float32."""
+    flags = ["--save_dtype", dtype] if dtype else []
+    out = run(script, "--mixed_precision", "bf16", "--checkpointing_steps", 2, *flags)
+    wanted = {None: torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[dtype]
+    assert {tensor.dtype for tensor in weights(out).values()} == {wanted}
+    assert {tensor.dtype for tensor in weights(out / "checkpoint-2").values()} == {torch.float32}
+    found, trained = weights(out), weights(out / "checkpoint-2")
+    assert all(torch.equal(found[name], trained[name].to(wanted)) for name in found)
+    if script == "train_sd3_soar":
+        assert [path.name for path in sorted((out / "transformer").iterdir())] == [
+            "config.json",
+            "diffusion_pytorch_model.safetensors",
+        ]
+        assert "pos_embed.pos_embed" in found and np.isfinite(found["pos_embed.pos_embed"].float().numpy()).all()
