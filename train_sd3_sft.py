@@ -5,13 +5,13 @@
 # requires-python = ">=3.11"
 # dependencies = [
 #     "torch>=2.6",
-#     "diffusers>=0.42",
+#     "diffusers>=0.40",
 #     "transformers>=5.0",
 #     "accelerate>=1.10",
-#     "peft>=0.17",
+#     "peft>=0.19",
 #     "datasets>=4.0",
-#     "safetensors>=0.5",
-#     "bitsandbytes>=0.46; sys_platform == 'linux'",
+#     "safetensors>=0.8",
+#     "bitsandbytes>=0.46; sys_platform != 'darwin'",
 #     "sentencepiece",
 #     "protobuf",
 #     "tensorboard",
@@ -829,7 +829,8 @@ def read_folder(folder, image_column, caption_column, instance_prompt):
     Yield path, caption, height and width of each image of --train_data_dir: of those that its metadata lists, in that
     order, with the captions there; without metadata of all, each with the text of NAME.txt beside it.
     """
-    names = [Path(at, name) for at, _, files in sorted(os.walk(folder)) for name in sorted(files) if name[0] != "."]
+    walk = [(at, sorted(files)) for at, _, files in sorted(os.walk(folder)) if f"{os.sep}." not in at[len(folder) :]]
+    names = [Path(at, name) for at, files in walk for name in files if name[0] != "."]
     suffixes = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
     images = [path for path in names if path.suffix.lower() in suffixes]
     texts = {path.with_suffix(""): path for path in names if path.suffix.lower() == ".txt"}
@@ -1627,11 +1628,14 @@ def save_result(args, accelerator, transformer, images):
 
 
 def run(args):
-    """[`main`], with one line where it is interrupted before the training, or the device has no memory left."""
+    """[`main`], with one line where it is interrupted before training, cannot compile, or has no memory left."""
     try:
         main(args)
     except KeyboardInterrupt:
         fail("interrupted before the training began")
+    except torch._dynamo.exc.TorchDynamoException as error:
+        needs = "Triton on a GPU (`pip install triton`, on Windows triton-windows) and a C++ compiler on a CPU"
+        fail(f"--torch_compile needs {needs}; leave it out, or mend this: {str(error)[:500]}")
     except torch.OutOfMemoryError as error:
         flags = "--cache_latents --cache_prompt_embeds, --gradient_checkpointing, a smaller --train_batch_size, "
         flags += "--full_bf16 (all weights) or --bnb_quantization_config_path (LoRA), --offload"

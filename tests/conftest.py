@@ -68,7 +68,7 @@ def run(pipeline, photos, tmp_path, monkeypatch):
         reset_accelerate()
         monkeypatch.setattr(sys, "argv", [f"{script}.py", *arguments])
         module = importlib.import_module(script)
-        module.main(module.parse_args())
+        module.run(module.parse_args())
         return Path(arguments[arguments.index("--output_dir") + 1])
 
     return run_script

@@ -135,7 +135,7 @@ def start(script, arguments, log, environment=(), setup=lambda: None):
         reset_accelerate()
         sys.argv = [f"{script}.py", *map(str, arguments)]
         module = importlib.import_module(script)
-        module.main(module.parse_args())
+        module.run(module.parse_args())
 
     importlib.import_module(script)
     process = multiprocessing.get_context("fork").Process(target=target)

@@ -1,13 +1,19 @@
 #!/usr/bin/env bash
 # Set up .venv and run the tests: CPU, no GPU and no hub needed. Arguments go to pytest.
+# With --oldest first: in .venv-oldest, with the lowest versions that requirements.txt allows.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-[ -x .venv/bin/python ] || python3 -m venv .venv
-.venv/bin/pip install --quiet --disable-pip-version-check \
-    -r requirements.txt -r tests/requirements.txt -c tests/constraints.txt
+venv=.venv constraints=tests/constraints.txt
+if [ "${1-}" = --oldest ]; then
+    shift
+    venv=.venv-oldest constraints=tests/constraints-oldest.txt
+fi
+[ -x $venv/bin/python ] || python3 -m venv $venv
+$venv/bin/pip install --quiet --disable-pip-version-check \
+    -r requirements.txt -r tests/requirements.txt -c $constraints
 # Originals that scores are compared with. They ask for torchvision, which what is compared does not use.
-.venv/bin/pip install --quiet --disable-pip-version-check --no-deps open_clip_torch==3.3.0 image-reward==1.5
-.venv/bin/ruff check .
-.venv/bin/ruff format --check .
+$venv/bin/pip install --quiet --disable-pip-version-check --no-deps open_clip_torch==3.3.0 image-reward==1.5
+$venv/bin/ruff check .
+$venv/bin/ruff format --check .
 # One thread: the tiny model is faster that way, and the sums of a step have one order.
-OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 .venv/bin/python -m pytest -n 2 --dist worksteal -q "$@"
+OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $venv/bin/python -m pytest -n 2 --dist worksteal -q "$@"

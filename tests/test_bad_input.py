@@ -3,6 +3,7 @@
 
 import json
 import logging
+import re
 import shutil
 import struct
 import subprocess
@@ -205,6 +206,41 @@ def test_as_a_process(arguments, code, named, pipeline, tmp_path):
     assert done.returncode == code
     assert named.format(empty=tmp_path / "empty") in done.stderr.splitlines()[-1]
     assert "error: " in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr
+
+
+def test_a_start_is_quiet(pipeline, photos, tmp_path):
+    """On the screen are this script's lines and progress bars, not what libraries remark on what it does not use."""
+    command = [sys.executable, ROOT / "train_sd3_soar_lora.py", "--pretrained_model_name_or_path", pipeline]
+    command += ["--train_data_dir", photos, "--output_dir", tmp_path / "out", "--cache_dir", tmp_path / "cache"]
+    command += "--resolution 96 --max_sequence_length 16 --max_train_steps 1 --report_to none".split()
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0 and done.stdout == ""
+    lines = [line.split("\r")[-1].strip() for line in done.stderr.splitlines()]
+    said = [re.sub(r"^\d\d:\d\d:\d\d (INFO|WARNING) (\[RANK 0\] )?", "", line) for line in lines]
+    bars = r"^(Checking images|Counting CLIP tokens|Counting T5 tokens|Loading.*|Training|Validation): .*"
+    said = [line for line in said if line and not re.match(bars, line)]
+    expected = [
+        r"Seed \d+, 1 processes, global batch 4",
+        r"8 images, 0 dropped; sizes \{'96x96': 8\}\.",
+        r"8 images are smaller than they are trained at: enlarged up to [\d.]+ x\.",
+        r"0 of 8 captions are longer than the 77 tokens that CLIP reads\.",
+        r"\d of 8 captions are longer than the 16 tokens that T5 reads\.",
+        r"[\d,]+ trained parameters, 1 steps, 0\.5 epochs",
+        rf"Checkpoints and the result: {tmp_path}/out; caches: {tmp_path}/cache",
+        rf"Saved the result and its card in {tmp_path}/out",
+    ]
+    assert len(said) == len(expected), said
+    assert all(re.fullmatch(pattern, line) for pattern, line in zip(expected, said, strict=True)), said
+
+
+def test_a_single_file_as_model(refuse, tmp_path):
+    """It says how to make a folder of it: for scripts, `from_single_file` asks the hub for configs of its own."""
+    file = tmp_path / "sd3.5_medium.safetensors"
+    file.write_bytes(b"")
+    for flag in ("--pretrained_model_name_or_path", "--transformer"):
+        message = refuse(SFT, flag, file)
+        assert message.startswith(f"error: {flag} {file} is one file.") and "P.from_single_file" in message
+        assert f"({str(file)!r}).save_pretrained('FOLDER')" in message
 
 
 # The data

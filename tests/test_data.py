@@ -188,6 +188,8 @@ def test_captions_beside_the_images(samples, tmp_path, caplog):
     }
     folder = caption_files(tmp_path / "images", **texts)
     (folder / ".hidden.png").write_bytes(b"no image")
+    (folder / ".trash").mkdir()
+    (folder / ".trash" / "e.png").write_bytes(b"no image")
     (folder / "notes.txt").write_text("of no image")
     images = samples("--train_data_dir", folder)
     expected = {"a": "a red square", "b": "a square in red", "c": "ein rotes Quadrat, grün gemeint", "d": ""}

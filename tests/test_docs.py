@@ -84,6 +84,19 @@ def test_flags_of_the_cards(tmp_path, monkeypatch):
         assert ("--offload" in without) == (not args.offload)
 
 
+def test_bounds_are_the_same_everywhere():
+    """requirements.txt, the PEP 723 header of each script, and the lowest versions that the tests are run with."""
+    bounds = (ROOT / "requirements.txt").read_text().split("\n")[:-1]
+    for script in SCRIPTS:
+        header = (ROOT / f"{script}.py").read_text().split("# dependencies = [\n")[1].split("# ]")[0]
+        assert [line.strip('# ",').replace("'", '"') for line in header.splitlines()] == bounds
+    oldest = dict(re.findall(r"^([\w-]+)==(.*)$", (ROOT / "tests" / "constraints-oldest.txt").read_text(), re.M))
+    tested = dict(re.findall(r"^([\w-]+)==(.*)$", (ROOT / "tests" / "constraints.txt").read_text(), re.M))
+    assert oldest.keys() == tested.keys()
+    for name, low in re.findall(r"^(\w+)>=([\d.]+)", "\n".join(bounds), re.M):
+        assert oldest[name] == low + ".0" and oldest[name] != tested[name] or name == "safetensors"
+
+
 def test_readme_table_has_every_soar_flag_with_its_default():
     readme = (ROOT / "README.md").read_text()
     table = dict(re.findall(r"^\| `(--\w+)` \| ([^|]*) \|", readme, flags=re.MULTILINE))

@@ -443,6 +443,18 @@ def test_converted_data_are_the_same_data(call, photos, tmp_path):
     assert "exists: choose another folder" in complaint(output)
 
 
+def test_converted_bare_images(call, photos, tmp_path):
+    """A caption beside an image goes along, --instance_prompt is that of the others."""
+    source = tmp_path / "bare"
+    shutil.copytree(photos, source, ignore=shutil.ignore_patterns("metadata.jsonl"))
+    first, *others = sorted(source.iterdir())
+    first.with_suffix(".txt").write_text("its own")
+    prompt = ["--instance_prompt", "a photo of sks dog"]
+    call("convert_jsonl", "--train_data_dir", source, *prompt, "--output_dir", tmp_path / "data")
+    captions = [row[0] for row in read_back("--train_data_dir", tmp_path / "data")]
+    assert sorted(captions) == ["a photo of sks dog"] * len(others) + ["its own"]
+
+
 def test_conversion_touches_nothing_else(call, photos, tmp_path, caplog):
     """A source that is called as a partial output would be; an output among the data; an image that is not listed."""
     source = tmp_path / "data.partial"

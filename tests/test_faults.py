@@ -13,10 +13,12 @@ import struct
 import subprocess
 import sys
 import time
+import traceback
 import zlib
 from pathlib import Path
 
 import datasets
+import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator, PartialState
@@ -472,3 +474,119 @@ def test_rng_of_the_process_does_not_matter(run, tmp_path):
     torch.manual_seed(2)
     random.seed(2)
     assert equal(one, run("train_sd3_soar_lora", "--lora_dropout", 0.3, "--output_dir", tmp_path / "two"))
+
+
+# Other machines
+
+
+def test_no_memory_left_on_the_device(arguments, run, monkeypatch, tmp_path):
+    """One line with the flags that help, in order, and the checkpoint that is safe."""
+    predict, calls = train_sd3_soar.predict_velocity, itertools.count(1)
+
+    def full(*inputs, **options):
+        if next(calls) == 20:  # in the third step, of eight forwards each
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore lines.")
+        return predict(*inputs, **options)
+
+    monkeypatch.setattr(train_sd3_soar, "predict_velocity", full)
+    with pytest.raises(SystemExit) as caught:
+        run("train_sd3_soar", *arguments, "--max_train_steps", 4, "--checkpointing_steps", 2)
+    message = str(caught.value)
+    assert message.startswith("error: out of memory (CUDA out of memory. Tried") and "\n" not in message
+    flags = ("--cache_latents", "--gradient_checkpointing", "--train_batch_size", "--full_bf16", "--offload")
+    places = [message.index(flag) for flag in flags]
+    assert places == sorted(places) and message.endswith(f"Last checkpoint: {tmp_path / 'out' / 'checkpoint-2'}")
+
+
+def test_no_compiler(arguments, tmp_path, pipeline):
+    """What cannot be compiled gives one line, not the compiler's hundred."""
+    command = [sys.executable, ROOT / "train_sd3_sft.py", *map(str, arguments), "--torch_compile"]
+    environment = os.environ | {"CXX": "no-such-compiler", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "compiled")}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert done.stderr.splitlines()[-1].startswith(
+        "error: --torch_compile needs Triton on a GPU (`pip install triton`"
+    )
+    # What PyTorch raises for want of Triton, on a GPU, is of the same kind.
+    assert issubclass(torch._inductor.exc.TritonMissing, torch._dynamo.exc.TorchDynamoException)
+
+
+class WindowsOs:
+    """`os`, but a folder cannot be opened, nor a file synced that was opened to be read."""
+
+    name = "nt"
+
+    def __init__(self):
+        self.writable, self.synced = set(), 0
+
+    def __getattr__(self, name):
+        return getattr(os, name)
+
+    def open(self, path, flags):
+        if os.path.isdir(path):
+            raise PermissionError(13, "Permission denied", str(path))
+        descriptor = os.open(path, flags)
+        self.writable.discard(descriptor)
+        if flags & os.O_RDWR:
+            self.writable.add(descriptor)
+        return descriptor
+
+    def fsync(self, descriptor):
+        if descriptor not in self.writable:
+            raise OSError(9, "Bad file descriptor")
+        self.synced += 1
+        os.fsync(descriptor)
+
+
+def test_checkpoints_under_windows(arguments, run, monkeypatch, tmp_path):
+    """What is there to sync is synced, and the checkpoint is a whole one: the run goes on from it."""
+    windows = WindowsOs()
+    with pytest.raises(PermissionError):
+        windows.open(tmp_path, os.O_RDONLY)
+    monkeypatch.setattr(train_sd3_soar, "os", windows)
+    monkeypatch.setattr(train_sd3_soar, "STOP_SIGNALS", [signal.SIGTERM, signal.SIGINT])  # it has no SIGUSR1
+    run("train_sd3_soar", *arguments, "--checkpointing_steps", 1, "--max_train_steps", 1)
+    files = [path for path in (tmp_path / "out" / "checkpoint-1").rglob("*") if path.is_file()]
+    assert windows.synced == len(files) > 4
+    run("train_sd3_soar", *arguments, "--max_train_steps", 2)
+    whole = ("--output_dir", tmp_path / "whole")
+    assert equal(run("train_sd3_soar", *arguments[:4], *arguments[6:], *whole), tmp_path / "out")
+
+
+def test_workers_that_are_spawned(arguments, run, tmp_path):
+    """As Windows and macOS start them: nothing that workers get depends on what their parent has in memory."""
+    more = ["--cache_latents", "--max_train_steps", "2", "--dataloader_num_workers", "1"]
+    driver = (
+        "import multiprocessing, runpy, sys\n"
+        "multiprocessing.set_start_method('spawn')\n"
+        "sys.argv = sys.argv[1:]\n"
+        "runpy.run_path(sys.argv[0], run_name='__main__')"
+    )
+    command = [sys.executable, "-c", driver, ROOT / "train_sd3_soar.py", *map(str, arguments), *more]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    forked = ("--output_dir", tmp_path / "forked")
+    assert equal(run("train_sd3_soar", *arguments[:4], *arguments[6:], *more, *forked), tmp_path / "out")
+
+
+def test_no_double_precision(arguments, run):
+    """MPS has no float64: from the first sample to the last validation image nothing on the device would be of it."""
+    # Both make theirs on the CPU, and cast it before, or while, it goes to the device.
+    excepted = {"embeddings.py", "scheduling_flow_match_euler_discrete.py"}
+    makers = set()
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, inputs=(), options=None):
+            result = function(*inputs, **(options or {}))
+            for tensor in torch.utils._pytree.tree_leaves(result):
+                if torch.is_tensor(tensor) and tensor.dtype == torch.float64:
+                    files = (Path(frame.filename) for frame in reversed(traceback.extract_stack()[:-1]))
+                    makers.add(next(file.name for file in files if "torch" not in file.parts))
+            return result
+
+    more = "--num_rollout_paths 2 --use_ema --validation_prompt cat --validation_steps 1".split()
+    with Watch():
+        torch.from_numpy(np.zeros(1)) + 1
+        assert makers == {"test_faults.py"} and not makers.clear()
+        run("train_sd3_soar", *arguments, *more)
+    assert makers == excepted

@@ -22,14 +22,14 @@ def add_data_arguments(parser):
     add = data.add_argument
     add("--dataset_name", help="Hub id or folder for `datasets.load_dataset`, split `train`.")
     add("--dataset_config_name", help="Configuration of --dataset_name.")
-    add("--train_data_dir", help="Folder of images with `metadata.jsonl` or `metadata.csv`.")
+    add("--train_data_dir", help="Folder of images, with NAME.txt beside each, or `metadata.jsonl` or `metadata.csv`.")
     add("--jsonl_path", help='Lines {"md5": ..., "caption_en": ..., "bw": 512, "bh": 512}; images `{md5}.jpg`.')
     add("--image_dir", help="Folder of the images of --jsonl_path.")
     add("--image_column", default="image")
     add("--caption_column", default="text")
+    add("--instance_prompt", help="Caption of every image that has none.")
     add("--max_train_samples", type=script.number(int, 1), help="Use the first N images.")
-    # `load_images` reads these, too: no caption is made up, and the token is that of `hf auth login`.
-    parser.set_defaults(instance_prompt=None, hub_token=None)
+    parser.set_defaults(hub_token=None)  # `load_images` reads it, too: here it is that of `hf auth login`
 
 
 def check_data_arguments(parser, args):

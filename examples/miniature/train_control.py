@@ -67,7 +67,7 @@ def main():
     CONTROLS[sys.argv[1]]()
     script = importlib.import_module(Path(sys.argv[2]).stem)
     sys.argv = sys.argv[2:]  # the model card shows the script's own command
-    script.main(script.parse_args())
+    script.run(script.parse_args())
 
 
 if __name__ == "__main__":
