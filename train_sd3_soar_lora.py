@@ -81,7 +81,7 @@ from diffusers.hooks import apply_group_offloading
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from diffusers.optimization import SchedulerType, get_scheduler
 from diffusers.utils import make_image_grid
-from peft import LoraConfig, get_peft_model_state_dict
+from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from PIL import Image, ImageCms, ImageOps
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
@@ -795,7 +795,8 @@ def load_transformer(args, model_dir, weight_dtype, checkpoint=None):
     torch.manual_seed(args.seed)
     if started := checkpoint or args.lora:  # its file says what layers and ranks it has
         source = {"weight_name": "pytorch_lora_weights.safetensors", "token": args.hub_token}
-        transformer.load_lora_adapter(started, adapter_name="default", **source)
+        state, metadata = StableDiffusion3Pipeline.lora_state_dict(started, return_lora_metadata=True, **source)
+        transformer.load_lora_adapter(state, adapter_name="default", metadata=metadata)
         if not getattr(transformer, "peft_config", None):  # diffusers only logs it
             raise ValueError(f"--lora {args.lora} holds nothing for the transformer")
     else:
@@ -809,6 +810,8 @@ def load_transformer(args, model_dir, weight_dtype, checkpoint=None):
         )
         transformer.add_adapter(lora_config)
     training_utils.cast_training_params(transformer)
+    if started:  # once more, for it took the type of the base on its way
+        set_peft_model_state_dict(transformer, {name.removeprefix("transformer."): t for name, t in state.items()})
     return transformer
 
 

@@ -108,9 +108,10 @@ CASES = {
         "train_sd3_soar",
         "--use_ema --offload_ema --dataloader_num_workers 4 --mixed_precision bf16 --trajectory_length 2",
     ),
-    "LoRA, dropout, polynomial": (
+    "LoRA, dropout, polynomial, bf16": (
         "train_sd3_soar_lora",
-        "--lora_dropout 0.2 --lr_scheduler polynomial --gradient_checkpointing --checkpoints_total_limit 1",
+        "--lora_dropout 0.2 --lr_scheduler polynomial --gradient_checkpointing --checkpoints_total_limit 1 "
+        "--mixed_precision bf16",
     ),
     "DoRA, EMA, caches, restarts": (
         "train_sd3_soar_lora",

@@ -21,7 +21,7 @@ import train_sd3_soar
 ALLOWED_DIFFERENCES = {
     ("train_sd3_sft", "train_sd3_soar"): {"parse_args", "training_losses"},
     ("train_sd3_soar", "train_sd3_soar_lora"): {
-        "from peft import LoraConfig, get_peft_model_state_dict",
+        "from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict",
         "parse_args",
         "trained_layers",
         "load_transformer",
