@@ -4,14 +4,14 @@
 # /// script
 # requires-python = ">=3.11"
 # dependencies = [
-#     "torch>=2.6",
+#     "torch>=2.9",
 #     "diffusers>=0.40",
-#     "transformers>=5.0",
+#     "transformers>=5.6",
 #     "accelerate>=1.10",
 #     "peft>=0.19",
 #     "datasets>=4.0",
 #     "safetensors>=0.8",
-#     "bitsandbytes>=0.46; sys_platform != 'darwin'",
+#     "bitsandbytes>=0.50; sys_platform != 'darwin'",
 #     "sentencepiece",
 #     "protobuf",
 #     "tensorboard",

@@ -242,7 +242,7 @@ def test_a_column_of_a_data_set_is_drawn(call, pipeline, tmp_path):
         rows = [json.loads(line) for line in (tmp_path / name / "metadata.jsonl").read_text().splitlines()]
         assert [row["text"] for row in rows] == prompts[:2]
         pictures[name] = [np.asarray(Image.open(tmp_path / name / row["file_name"]), dtype=int) for row in rows]
-    assert 0 < abs(pictures["bf16"][0] - pictures["full"][0]).mean() < 20
+    assert 0 < abs(pictures["bf16"][0] - pictures["full"][0]).mean() < 40
     assert (pictures["cut"][0] != pictures["full"][0]).any()
     assert abs(pictures["offload"][0] - pictures["full"][0]).max() <= 1
     assert "`variant=nonsense`" in complaint(draw("none", *column, "--variant", "nonsense", expect=1))
