@@ -4,17 +4,8 @@
 # /// script
 # requires-python = ">=3.11"
 # dependencies = [
-#     "torch>=2.9",
-#     "diffusers>=0.40",
-#     "transformers>=5.6",
-#     "accelerate>=1.10",
-#     "peft>=0.19",
-#     "datasets>=4.0",
-#     "safetensors>=0.8",
-#     "bitsandbytes>=0.50; sys_platform != 'darwin'",
-#     "sentencepiece",
-#     "protobuf",
-#     "tensorboard",
+#     "torch>=2.9", "diffusers>=0.40", "transformers>=5.6", "accelerate>=1.10", "peft>=0.19", "datasets>=4.0",
+#     "safetensors>=0.8", "bitsandbytes>=0.50; sys_platform != 'darwin'", "sentencepiece", "protobuf", "tensorboard",
 # ]
 # ///
 """
@@ -330,12 +321,9 @@ def main(args):
     args.cache_dir = args.cache_dir or os.path.join(args.output_dir, "cache")
 
     # Everything that can be wrong with the input, before any model loads
-    run_on_main(accelerator, make_folders, args.output_dir, args.cache_dir)
     model_config = run_on_each(accelerator, check_model, args)
     model_dir = model_config["folder"]
-    checkpoint, saved_state = run_on_main(
-        accelerator, find_checkpoint, args.output_dir, args.resume_from_checkpoint, args.overwrite_output_dir
-    )
+    checkpoint, saved_state = run_on_main(accelerator, find_checkpoint, args)
     if args.seed is None:
         seed = saved_state["arguments"]["seed"] if checkpoint else random.getrandbits(31)
         args.seed = run_on_main(accelerator, lambda: seed)
@@ -565,12 +553,6 @@ def public_arguments(args):
     return {name: value for name, value in vars(args).items() if name != "hub_token"}
 
 
-def public_command(argv):
-    """The command line to paste, without secrets."""
-    shown = [w for w, last in zip(argv, ["", *argv], strict=False) if not {w.split("=")[0], last} & {"--hub_token"}]
-    return shlex.join([Path(__file__).name, *shown])
-
-
 def fail(message):
     """End the run with one line and exit code 1."""
     raise SystemExit(f"error: {' '.join(message.split())}")
@@ -669,14 +651,6 @@ def make_accelerator(args):
         library.utils.logging.set_verbosity_error()
     torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
     return accelerator
-
-
-def make_folders(output_dir, cache_dir):
-    """Make both, and see that they can be written."""
-    with failing_with("--output_dir or --cache_dir cannot be written"):
-        for folder in (output_dir, cache_dir):
-            os.makedirs(folder, exist_ok=True)
-            tempfile.TemporaryFile(dir=folder).close()
 
 
 # Model and optimizer
@@ -1490,18 +1464,22 @@ def old_results(output_dir):
     return [path for path in (*(output / name for name in RESULTS), *output.glob("checkpoint-*")) if path.exists()]
 
 
-def find_checkpoint(output_dir, wanted, overwrite):
+def find_checkpoint(args):
     """
     The folder of the checkpoint that --resume_from_checkpoint means, and its `trainer_state.json`; or `None`, and step
-    0. Without that flag, refuse to write over another run's result.
+    0. Refuse an --output_dir that cannot be written or, without that flag, that holds another run's result.
     """
-    output = Path(output_dir)
+    output, wanted = Path(args.output_dir), args.resume_from_checkpoint
+    for flag, folder in (("output_dir", args.output_dir), ("cache_dir", args.cache_dir)):
+        with failing_with(f"--{flag} {folder} cannot be written"):
+            os.makedirs(folder, exist_ok=True)
+            tempfile.TemporaryFile(dir=folder).close()
     if not wanted:
-        if (old := sorted(path.name for path in old_results(output_dir))) and not overwrite:
+        if (old := sorted(path.name for path in old_results(output))) and not args.overwrite_output_dir:
             ways = "choose a new folder, go on with --resume_from_checkpoint latest, or give --overwrite_output_dir"
             fail(f"--output_dir {output} holds another run ({', '.join(old)}): {ways}")
         return None, {"step": 0}
-    folders = checkpoints(output_dir)[::-1] if wanted == "latest" else [Path(wanted), output / wanted]
+    folders = checkpoints(output)[::-1] if wanted == "latest" else [Path(wanted), output / wanted]
     for folder in folders:
         try:
             if folder.suffix == ".unfinished":
@@ -1733,6 +1711,8 @@ def save_result(args, accelerator, transformer, images):
         tags=["text-to-image", "diffusers-training", "stable-diffusion-3", *Path(__file__).stem.split("_")[2:]],
         widget=[{"text": prompt, "output": {"url": f"samples/{i}-0.png"}} for i, prompt in enumerate(images)] or None,
     )
+    words = zip(sys.argv[1:], sys.argv, strict=False)  # each with the one before it
+    command = shlex.join(word for word, last in words if "--hub_token" not in (word.split("=")[0], last))
     card = [
         f"---\n{data.to_yaml()}\n---",
         f"# {title}\n\nTrained from {', '.join(f'`{name}`' for name in parents)} with `{Path(__file__).name}`.",
@@ -1741,7 +1721,7 @@ def save_result(args, accelerator, transformer, images):
         f"base, result = {base!r}, {title!r}  # `result` may also be a local folder\n{usage}\n"
         f"prompt = {next(iter(images), 'a prompt')!r}\n"
         f"image = pipeline(prompt, max_sequence_length={args.max_sequence_length}).images[0]\n```",
-        f"## Command\n\n```bash\naccelerate launch {public_command(sys.argv[1:])}\n```",
+        f"## Command\n\n```bash\naccelerate launch {Path(__file__).name} {command}\n```",
         f"## Settings\n\n```json\n{arguments}\n```\n",
     ]
     huggingface_hub.ModelCard("\n\n".join(card)).save(output / "README.md")
