@@ -45,6 +45,7 @@ import signal
 import sys
 import tempfile
 import time
+import unicodedata
 import uuid
 import warnings
 from collections import Counter, defaultdict
@@ -69,7 +70,7 @@ from diffusers.hooks import apply_group_offloading
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from diffusers.optimization import SchedulerType, get_scheduler
 from diffusers.utils import make_image_grid
-from PIL import Image, ImageCms, ImageOps
+from PIL import Image, ImageCms, ImageOps, PngImagePlugin
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch.distributed.tensor import distribute_tensor
@@ -81,6 +82,7 @@ import soar_utils
 
 logging.disable(logging.NOTSET)
 logger = get_logger(__name__)
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY  # generated pictures carry their workflow with them
 
 # Flags that may differ when a run is resumed: they do not change what is trained, or what they name is compared by its
 # content. All others may not. (The end of a schedule may not move either, see `check_resume`.)
@@ -100,8 +102,7 @@ def parse_args(input_args=None):
         description=__doc__.strip().split("\n")[0], usage="%(prog)s ARGUMENTS, see --help", allow_abbrev=False
     )
 
-    model = parser.add_argument_group("model")
-    add = model.add_argument
+    add = parser.add_argument_group("model").add_argument
     add("--pretrained_model_name_or_path", required=True, help="Hub id or folder of an SD3 / SD3.5 pipeline.")
     add("--revision", help="Hub revision of the model.")
     add("--transformer", help="Folder or hub id of a full fine-tune of it, to start from: `transformer/` in there.")
@@ -112,8 +113,7 @@ def parse_args(input_args=None):
     add("--torch_compile", action="store_true", help="Compile the blocks: slow first steps, then faster ones.")
     add("--allow_tf32", action="store_true", help="TF32 matrix products for float32 on Ampere and newer GPUs.")
 
-    data = parser.add_argument_group("data (exactly one of --dataset_name, --train_data_dir, --jsonl_path)")
-    add = data.add_argument
+    add = parser.add_argument_group("data (--dataset_name, --train_data_dir, or --jsonl_path)").add_argument
     add("--dataset_name", help="Hub id or folder for `datasets.load_dataset`, split `train`.")
     add("--dataset_config_name", help="Configuration of --dataset_name.")
     add("--train_data_dir", help="Folder of images, with NAME.txt beside each, or `metadata.jsonl` or `metadata.csv`.")
@@ -138,8 +138,7 @@ def parse_args(input_args=None):
     add("--offload", action="store_true", help="For small cards: encoders stay on the CPU between uses.")
     add("--dataloader_num_workers", type=number(int, 0), default=0)
 
-    training = parser.add_argument_group("training")
-    add = training.add_argument
+    add = parser.add_argument_group("training").add_argument
     add("--output_dir", default="sd3-sft")
     add("--overwrite_output_dir", action="store_true", help="Delete the result and checkpoints of another run there.")
     add("--seed", type=number(int, 0), help="Drawn and logged when absent.")
@@ -147,7 +146,7 @@ def parse_args(input_args=None):
     add("--gradient_accumulation_steps", type=number(int, 1), default=1)
     add("--num_train_epochs", type=number(int, 1), default=1)
     add("--max_train_steps", type=number(int, 1), help="Optimizer steps; replaces --num_train_epochs.")
-    add("--learning_rate", type=number(float, 0), default=2e-5)
+    add("--learning_rate", type=number(float, 0), help="Default: 2e-5; with prodigy, which finds the rest, 1.")
     add("--lr_scheduler", choices=[name.value for name in SchedulerType], default="constant")
     add("--lr_warmup_steps", type=number(int, 0), default=0)
     add("--lr_num_cycles", type=number(int, 1), default=1, help="Restarts of cosine_with_restarts.")
@@ -174,15 +173,13 @@ def parse_args(input_args=None):
     add("--ema_decay", type=number(float, 0, 1), default=0.9999)
     add("--offload_ema", action="store_true", help="Keep the average on the CPU between steps.")
 
-    checkpoint = parser.add_argument_group("checkpoint and result")
-    add = checkpoint.add_argument
+    add = parser.add_argument_group("checkpoint and result").add_argument
     add("--checkpointing_steps", type=number(int, 1), default=500, help="Save the whole state every N steps.")
     add("--checkpoints_total_limit", type=number(int, 1), help="Keep the newest N checkpoints.")
     add("--resume_from_checkpoint", help="A checkpoint folder, or `latest`: the newest, if there is one.")
     add("--save_dtype", choices=["bf16", "fp16", "fp32"], help="Of the result. Default: bf16; fp32 where trained so.")
 
-    validation = parser.add_argument_group("validation")
-    add = validation.add_argument
+    add = parser.add_argument_group("validation").add_argument
     add("--validation_prompt", action="append", default=[], help="May be given several times.")
     add("--num_validation_images", type=number(int, 0), default=4, help="Per prompt; 0 draws none.")
     add("--validation_steps", type=number(int, 1), default=500, help="Sample every N optimizer steps.")
@@ -190,14 +187,15 @@ def parse_args(input_args=None):
     add("--guidance_scale", type=number(), default=4.5)
     add("--skip_final_inference", action="store_true", help="No samples from the finished model.")
 
-    logs = parser.add_argument_group("logging and hub")
-    add = logs.add_argument
+    add = parser.add_argument_group("logging and hub").add_argument
     add("--report_to", choices=["none", "all", *LOGGER_TYPE_TO_CLASS], default="tensorboard")
     add("--push_to_hub", action="store_true", help="Upload the result and its card.")
     add("--hub_model_id", help="Repository to push to. Default: the name of --output_dir.")
     add("--hub_token", help="Better: `hf auth login`, or the HF_TOKEN variable. Never written anywhere.")
 
     args = parser.parse_args(input_args)
+    if args.learning_rate is None:
+        args.learning_rate = 1.0 if args.optimizer == "prodigy" else 2e-5
     check_args(parser, args)
     return args
 
@@ -256,6 +254,10 @@ def main(args):
     model_config = run_on_each(accelerator, check_model, args)
     model_dir = model_config["folder"]
     checkpoint, saved_state = run_on_main(accelerator, find_checkpoint, args)
+    if args.report_to != "none":
+        tracked = {k: v if isinstance(v, (int, float, str)) else str(v) for k, v in public_arguments(args).items()}
+        with failing_with(f"--report_to {args.report_to}"):  # it may ask for a login
+            accelerator.init_trackers(Path(__file__).stem, tracked, {"wandb": {"dir": args.output_dir}})
     if args.seed is None:
         seed = saved_state["arguments"]["seed"] if checkpoint else random.getrandbits(31)
         args.seed = run_on_main(accelerator, lambda: seed)
@@ -271,6 +273,8 @@ def main(args):
         rehearsal = make_lr_scheduler(args, torch.optim.SGD([torch.zeros(1)], lr=args.learning_rate))
         for step in (args.lr_warmup_steps, args.max_train_steps):
             rehearsal.lr_lambdas[0](step)
+    if args.lr_warmup_steps >= args.max_train_steps:
+        logger.warning(f"--lr_warmup_steps {args.lr_warmup_steps} outlasts the run of {args.max_train_steps} steps.")
     trainer_state = make_trainer_state(args, global_batch_size, inspected)
     if checkpoint:
         run_on_main(accelerator, check_resume, checkpoint, saved_state, trainer_state)
@@ -281,7 +285,7 @@ def main(args):
     if args.cache_latents or args.cache_prompt_embeds:
         encoder_digests = run_on_main(accelerator, digest_encoders, args, model_dir, weight_dtype)
     train_dataset = TrainingImages(args, rows, inspected, encoder_digests)
-    captions = [item["caption"] for item in inspected]
+    captions = [text for item in inspected for text in item["captions"]]
     run_on_main(accelerator, report_truncation, model_dir, captions, args.max_sequence_length, args.no_text_encoder_3)
     with loading(args.pretrained_model_name_or_path):
         vae = AutoencoderKL.from_pretrained(model_dir, subfolder="vae", variant=args.variant, use_safetensors=True)
@@ -335,9 +339,6 @@ def main(args):
     if accelerator.is_main_process and args.overwrite_output_dir and not args.resume_from_checkpoint:
         for path in old_results(args.output_dir):  # only now that everything has loaded and nothing can be wrong
             shutil.rmtree(path) if path.is_dir() else path.unlink()
-    if args.report_to != "none":
-        tracked = {k: v if isinstance(v, (int, float, str)) else str(v) for k, v in public_arguments(args).items()}
-        accelerator.init_trackers(Path(__file__).stem, tracked)
     epochs = args.max_train_steps * global_batch_size / len(inspected)
     logger.info(
         f"{sum(p.numel() for p in parameters):,} trained parameters, {args.max_train_steps} steps, {epochs:.1f} epochs"
@@ -380,8 +381,7 @@ def main(args):
             names = ", ".join(accelerate.utils.gather_object(names))
             what = f"step {global_step + 1}: not finite ({logs}); samples {names}"
             if skipped_steps > args.max_skipped_steps:
-                saved = (checkpoints(args.output_dir) or ["none"])[-1]
-                fail(f"{what}. The step was not taken. Last checkpoint: {saved}")
+                fail(f"{what}. The step was not taken. {last_checkpoint(args.output_dir)}")
             logger.warning(f"Skipped {what}")
         else:
             skipped_steps = 0
@@ -392,14 +392,15 @@ def main(args):
                 ema.to(device)
                 ema.step(parameters)
                 ema.to("cpu" if args.offload_ema else device)
-        logs["lr"] = float(lr_scheduler.get_last_lr()[0])
+        logs["lr"] = float(lr_scheduler.get_last_lr()[0] * optimizer.param_groups[0].get("d", 1))  # Prodigy's factor
         logs["skipped_steps"] = skipped_steps
         lr_scheduler.step()
         optimizer.zero_grad()
         global_step += 1
         trainer_state |= {"step": global_step, "skipped_steps": skipped_steps}
         logs["samples_per_second"] = global_batch_size / (time.perf_counter() - started)
-        accelerator.log(logs, step=global_step)
+        with optional("Logging"):
+            accelerator.log(logs, step=global_step)
         progress.update()
         progress.set_postfix(loss=logs["loss"], lr=logs["lr"])
 
@@ -415,14 +416,18 @@ def main(args):
     progress.close()
     on_stop_signals(signal.SIG_DFL)
 
-    # Result
+    # Result: first what the run was for, then what may fail
     samples = {}
     with averaged_weights(ema, parameters):
+        usage = save_result(args, accelerator, transformer)
         if validating and not args.skip_final_inference:
             samples = log_validation(args, accelerator, transformer, vae, model_dir, prompt_embeds, global_step)
-        save_result(args, accelerator, transformer, samples)
+    if accelerator.is_main_process:
+        with optional("The model card, or its upload with the result,"):
+            publish(args, usage, samples)
     accelerator.wait_for_everyone()
-    accelerator.end_training()
+    with optional("Logging"):
+        accelerator.end_training()
 
 
 # Arguments and errors
@@ -438,6 +443,8 @@ def check_args(parser, args):
         path, is_there = getattr(args, flag), os.path.isdir if kind == "folder" else os.path.isfile
         if path is not None and not is_there(path):
             parser.error(f"--{flag} {path}: no such {kind}")
+    if args.lr_scheduler == "constant" and args.lr_warmup_steps > 0:
+        args.lr_scheduler = "constant_with_warmup"
     try:
         buckets = training_sizes(args)
     except ValueError as error:
@@ -449,10 +456,8 @@ def check_args(parser, args):
     for package, wanted in (optimizers | {"torchao": args.full_bf16}).items():
         if wanted and importlib.util.find_spec(package) is None:
             parser.error(f"{package} is not installed: `pip install {package}`")
-    if args.use_8bit_adam and args.optimizer != "adamw":
-        parser.error(f"--use_8bit_adam goes with --optimizer adamw, not {args.optimizer}")
-    if args.full_bf16 and (args.use_8bit_adam or args.optimizer != "adamw"):
-        parser.error("--full_bf16 has an 8-bit AdamW of its own: leave --use_8bit_adam and --optimizer out")
+    if (args.optimizer != "adamw") + args.use_8bit_adam + args.full_bf16 > 1:
+        parser.error("--optimizer prodigy, --use_8bit_adam and --full_bf16 each have an optimizer: give one of them")
     installed = [tracker.value for tracker in get_available_trackers()]
     if args.report_to in LOGGER_TYPE_TO_CLASS and args.report_to not in installed:
         parser.error(f"--report_to {args.report_to}: not installed; `pip install {args.report_to}`, or none")
@@ -515,6 +520,15 @@ def ask_hub(what, function, name, **options):
                 fail(f"{what}: {str(error)[:500]}")
         logger.warning(f"The hub does not answer, or with an error of its own; trying again in {pause} seconds.")
         time.sleep(pause)
+
+
+@contextlib.contextmanager
+def optional(what):
+    """Around what the result does not depend on: where it fails, the log says so, and the run goes on."""
+    try:
+        yield
+    except (Exception, SystemExit) as error:
+        logger.warning(f"{what} failed: {str(error)[:500] or type(error).__name__}", main_process_only=False)
 
 
 def loading(name, checkpoint=None):
@@ -611,6 +625,8 @@ def check_model(args):
         transformer = SD3Transformer2DModel.load_config(started or model_dir, subfolder="transformer")
         scheduler = diffusers.FlowMatchEulerDiscreteScheduler.load_config(model_dir, subfolder="scheduler")
         vae = AutoencoderKL.load_config(model_dir, subfolder="vae")
+        if not args.no_text_encoder_3 and StableDiffusion3Pipeline.load_config(model_dir)["text_encoder_3"][0] is None:
+            raise ValueError("it has no T5: give --no_text_encoder_3")
         for part in ("transformer", "vae", *text_parts(args.no_text_encoder_3)) if model_dir == name else ():
             is_model = Path(name, part, "config.json").is_file()  # and not a tokenizer
             if is_model and not any(Path(name, part).glob("*.safetensors")):
@@ -722,6 +738,8 @@ def make_optimizer(args, parameters):
     if args.optimizer == "prodigy":
         from prodigyopt import Prodigy
 
+        if args.learning_rate < 0.1:
+            logger.warning(f"Prodigy multiplies --learning_rate {args.learning_rate} by what it finds; 1 is usual.")
         names = ("beta3", "decouple", "use_bias_correction", "safeguard_warmup")
         return Prodigy(parameters, **common, **{name: getattr(args, f"prodigy_{name}") for name in names})
     if args.use_8bit_adam:
@@ -750,11 +768,9 @@ def averaged_weights(ema, parameters):
     if ema is not None:
         ema.store(parameters)
         ema.copy_to(parameters)
-    try:
-        yield
-    finally:
-        if ema is not None:
-            ema.restore(parameters)
+    yield
+    if ema is not None:
+        ema.restore(parameters)
 
 
 # Data
@@ -763,8 +779,8 @@ def load_images(args):
     The images, not yet decoded, and their captions, from whichever of the three sources was given.
 
     Returns:
-        `datasets.Dataset`: columns `image` (`{"path", "bytes"}`), `caption` (`str`), and `height` and `width`, the
-        size in pixels that the source asks for, or 0.
+        `datasets.Dataset`: columns `image` (`{"path", "bytes"}`), `captions` (`list[str]`, at least one), and `height`
+        and `width`, the size in pixels that the source asks for, or 0.
     """
     default = args.instance_prompt or ""
     if args.dataset_name is None:
@@ -774,9 +790,9 @@ def load_images(args):
             image_column = "file_name" if args.image_column == "image" else args.image_column
             records = read_folder(args.train_data_dir, image_column, args.caption_column, args.instance_prompt)
         rows = list(itertools.islice(records, args.max_train_samples))
-        columns = {name: [row[i] for row in rows] for i, name in enumerate(("image", "caption", "height", "width"))}
+        columns = {name: [row[i] for row in rows] for i, name in enumerate(("image", "captions", "height", "width"))}
         columns["image"] = [{"path": str(path), "bytes": None} for path in columns["image"]]
-        columns["caption"] = [caption or default for caption in columns["caption"]]
+        columns["captions"] = [[text or default for text in texts] or [default] for texts in columns["captions"]]
         return datasets.Dataset.from_dict(columns)
 
     load = functools.partial(datasets.load_dataset, name=args.dataset_config_name, split="train", token=args.hub_token)
@@ -790,23 +806,24 @@ def load_images(args):
     with failing_with(f"--image_column {args.image_column} of {args.dataset_name} holds no images"):
         images = rows.select_columns(args.image_column).cast_column(args.image_column, datasets.Image(decode=False))
         images = images.rename_columns({args.image_column: "image"})
-    captions = [None] * len(rows)
+    captions = [[]] * len(rows)
     if args.caption_column in rows.column_names:
-        with failing_with(f"--caption_column {args.caption_column} of {args.dataset_name} holds no text"):
-            captions = rows.cast_column(args.caption_column, datasets.Value("string"))[args.caption_column]
-    images = images.add_column("caption", [caption or default for caption in captions])
+        where = f"--caption_column {args.caption_column} of {args.dataset_name}, row"
+        captions = [read_captions(value, f"{where} {i}") for i, value in enumerate(rows[args.caption_column])]
+    images = images.add_column("captions", [[text or default for text in texts] or [default] for texts in captions])
     return images.add_column("height", [0] * len(rows)).add_column("width", [0] * len(rows))
 
 
 def read_folder(folder, image_column, caption_column, instance_prompt):
     """
-    Yield path, caption, height and width of each image of --train_data_dir: of those that its metadata lists, in that
+    Yield path, captions, height and width of each image of --train_data_dir: of those that its metadata lists, in that
     order, with the captions there; without metadata of all, each with the text of NAME.txt beside it.
     """
     walk = [(at, sorted(files)) for at, _, files in sorted(os.walk(folder)) if f"{os.sep}." not in at[len(folder) :]]
     names = [Path(at, name) for at, files in walk for name in files if name[0] != "."]
     suffixes = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
-    images = [path for path in names if path.suffix.lower() in suffixes]
+    images = [path for path in names if path.suffix.lower() in suffixes | {".heic", ".heif"}]
+    there = {unicodedata.normalize("NFC", str(path)): path for path in names}  # macOS takes letters and accents apart
     texts = {path.with_suffix(""): path for path in names if path.suffix.lower() == ".txt"}
     texts = {path: texts[path.with_suffix("")] for path in images if path.with_suffix("") in texts}
     metadata = [path for path in names if path.name in ("metadata.jsonl", "metadata.csv")]
@@ -821,12 +838,11 @@ def read_folder(folder, image_column, caption_column, instance_prompt):
             for flag, column in (("image_column", image_column), ("caption_column", caption_column)):
                 if column not in record and not (flag == "caption_column" and instance_prompt):
                     fail(f"--{flag} {column}: {where} has {', '.join(record)}; give the one that is meant")
-            image, caption = path.parent / str(record[image_column]), record.get(caption_column)
+            image = path.parent / str(record[image_column])
+            image = there.get(unicodedata.normalize("NFC", str(image)), image)
             if not is_inside(image, folder):
                 fail(f"{where}: {record[image_column]!r} leads out of --train_data_dir")
-            if not isinstance(caption, str | int | float | None):
-                fail(f"{where}: the caption is no text: {caption!r}")
-            yield image, None if caption is None else str(caption), 0, 0
+            yield image, read_captions(record.get(caption_column), where), 0, 0
     if metadata and len(images) > listed:
         logger.warning(f"{len(images) - listed} images in {folder} are not listed in its metadata and are not used.")
     for image in () if metadata else images:
@@ -838,7 +854,22 @@ def read_folder(folder, image_column, caption_column, instance_prompt):
             fail(f"{image} has no caption: write {image.stem}.txt beside it, or give --instance_prompt for all such")
         if not is_inside(image, folder):
             fail(f"{image} leads out of --train_data_dir")
-        yield image, caption, 0, 0
+        yield image, [caption], 0, 0
+
+
+def read_captions(value, where):
+    """The captions of an image: of a text, a list of texts, or an object with one in fields of the authors' format."""
+    if isinstance(value, str) and value.lstrip().startswith("{"):
+        with contextlib.suppress(ValueError):  # a caption may simply begin with a brace
+            value = json.loads(value)
+    if isinstance(value, dict):
+        fields = ("long_caption", "medium_caption", "short_caption", "text")
+        texts = (text for field in fields if (text := value.get(field)) and str(text).strip())
+        value = next(texts, "" if value.keys() & {*fields} else value)
+    values = value if isinstance(value, list) else [value] if value is not None else []
+    if not all(isinstance(text, str | int | float) for text in values):
+        fail(f"{where}: the caption is neither a text nor a list of texts: {str(value)[:200]}")
+    return [str(text) for text in values]
 
 
 def read_csv(path):
@@ -852,7 +883,7 @@ def read_csv(path):
 
 
 def read_jsonl(path, image_dir):
-    """Yield path, caption, height and width from each line of --jsonl_path, the format of the authors' code."""
+    """Yield path, captions, height and width from each line of --jsonl_path, the format of the authors' code."""
     image_dir = Path(image_dir).resolve()
     for where, record in read_json_lines(path):
         if not isinstance(record.get("md5"), str) or "caption_en" not in record:
@@ -861,11 +892,12 @@ def read_jsonl(path, image_dir):
         whole = all(isinstance(side, int) and side >= 0 and side % 16 == 0 for side in (height, width))
         if not whole or (height == 0) != (width == 0):
             fail(f"{where}: `bw` and `bh` must be whole numbers divisible by 16, or left out: {width} and {height}")
-        candidates = [image_dir / f"{record['md5']}{suffix}" for suffix in (".jpg", ".jpeg", ".png", ".webp")]
+        suffixes = ".jpg .jpeg .png .webp .JPG .JPEG .PNG .WEBP".split()
+        candidates = [image_dir / f"{record['md5']}{suffix}" for suffix in suffixes]
         image = next((file for file in candidates if os.path.isfile(file)), candidates[0])
         if len(record["md5"]) > 200 or not is_inside(image, image_dir):
             fail(f"{where}: `md5` {record['md5'][:200]!r} is no file name in --image_dir")
-        yield image, choose_caption(record["caption_en"]), height, width
+        yield image, read_captions(record["caption_en"], where), height, width
 
 
 def read_json_lines(path):
@@ -885,17 +917,6 @@ def read_json_lines(path):
             yield where, record
 
 
-def choose_caption(value):
-    """The caption in a `caption_en` field: its text, or the first non-empty text of the JSON object in it."""
-    if isinstance(value, str) and value.lstrip().startswith("{"):
-        with contextlib.suppress(ValueError):  # a caption may simply begin with a brace
-            value = json.loads(value)
-    if isinstance(value, dict):
-        texts = [value.get(field) for field in ("long_caption", "medium_caption", "short_caption", "text")]
-        value = next((text for text in texts if isinstance(text, str) and text.strip()), "")
-    return value if isinstance(value, str) else ""
-
-
 def is_inside(path, folder):
     """Whether a path leads to a place inside of `folder`, whatever `..` and links are on its way."""
     try:
@@ -907,12 +928,12 @@ def is_inside(path, folder):
 def inspect_images(args, model_config, rows):
     """
     Decode every image once, so that a bad one is found now and not in the middle of the run. Of each usable one, a
-    `dict`: its `row`, `name`, `digest`, `caption`, and the `size` (height, width) in pixels to train at.
+    `dict`: its `row`, `name`, `digest`, `captions`, and the `size` (height, width) in pixels to train at.
     """
     if len(rows) == 0:
         fail(f"{args.dataset_name or args.train_data_dir or args.jsonl_path} has no images")
-    captions = rows["caption"][:]
-    empty = sum(not caption.strip() for caption in captions)
+    captions = rows["captions"][:]
+    empty = sum(not all(text.strip() for text in texts) for texts in captions)
     if empty == len(rows):
         fail("every caption is empty; is this the right --caption_column?")
     if empty:
@@ -936,7 +957,8 @@ def inspect_images(args, model_config, rows):
             size = buckets[training_utils.find_nearest_bucket(*found["size"], buckets)]
         for side in size:
             check_side(side, model_config, f"{name}: size in its data set")
-        inspected.append({"row": row, "name": name, "digest": found["digest"], "caption": captions[row], "size": size})
+        item = {"row": row, "name": name, "digest": found["digest"], "captions": captions[row], "size": size}
+        inspected.append(item)
         notes.update(found["notes"])
         scales.append(max(size[0] / found["size"][0], size[1] / found["size"][1]))
     sizes = Counter("{1}x{0}".format(*item["size"]) for item in inspected)
@@ -959,6 +981,8 @@ def inspect_image(image):
         found |= {"size": (decoded.height, decoded.width), "notes": decoded.info["notes"]}
         # With what was made of its pixels: before that was done, the same file was another picture.
         found["digest"] = "/".join([hashlib.sha256(data).hexdigest(), *decoded.info["notes"]])
+        if all(low == high for low, high in decoded.getextrema()):
+            found["notes"] = [*found["notes"], "are of one colour throughout"]
     except Exception as error:  # a broken file raises whatever its decoder raises; the caller reports it
         found["error"] = f"{type(error).__name__}: {error}"
     return found
@@ -973,18 +997,28 @@ def decode_image(data):
     """
     Decode the bytes of an image's file to what a viewer shows, a `PIL.Image.Image`: upright by its EXIF orientation,
     in sRGB by its colour profile, transparent parts over white; `info["notes"]` tells which of the latter two it was.
-    Raises whatever PIL does on a broken file, and `PIL.Image.DecompressionBombWarning` on a giant one, undecoded.
+    Raises whatever PIL does on a broken file, and `ValueError` on a giant one, or pixels of unknown range.
     """
     with warnings.catch_warnings():
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        with Image.open(io.BytesIO(data)) as opened:
-            image = ImageOps.exif_transpose(opened)
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        try:
+            opened = Image.open(io.BytesIO(data))
+        except (Image.UnidentifiedImageError, Image.DecompressionBombError):
+            raise ValueError("Pillow does not read its format, or so many pixels; make a JPEG of it") from None
+    with opened:
+        if math.prod(opened.size) > Image.MAX_IMAGE_PIXELS:
+            opened.draft(opened.mode, (4096, 4096))  # a JPEG can be decoded at a part of its size
+        if math.prod(opened.size) > Image.MAX_IMAGE_PIXELS or opened.mode == "F":
+            raise ValueError(f"{opened.size} pixels of mode {opened.mode}; make it smaller, with 8 bits a channel")
+        image = ImageOps.exif_transpose(opened)
     notes, profile, alpha = [], image.info.get("icc_profile"), None
     if image.has_transparency_data:
         image = image.convert("RGBA")
         alpha = image.getchannel("A")
     if image.mode.startswith("I"):  # 16 bits of grey, which `convert` would cut off at 255
-        image = Image.fromarray((np.asarray(image) / 257).clip(0, 255).astype(np.uint8))
+        if not 0 <= (levels := np.asarray(image)).min() <= levels.max() < 2**16:
+            raise ValueError("of more than 16 bits a pixel; save it with 8")
+        image = Image.fromarray((levels / 257).astype(np.uint8))
     if profile:
         try:
             profile = ImageCms.ImageCmsProfile(io.BytesIO(profile))
@@ -1022,9 +1056,13 @@ class TrainingImages(torch.utils.data.Dataset):
         height, width = item["size"]
         scale = max(height / image.height, width / image.width)
         covering = max(width, round(image.width * scale)), max(height, round(image.height * scale))
-        image = image.resize(covering, Image.Resampling.LANCZOS)
-        y, x = round(top * (image.height - height)), round(left * (image.width - width))
-        image = image.crop((x, y, x + width, y + height))
+        y, x = round(top * (covering[1] - height)), round(left * (covering[0] - width))
+        kept = (x, y, x + width, y + height)
+        if math.prod(covering) > 16 * width * height:  # of a strip only what is kept, however long it is
+            box = [min(edge / scale, end) for edge, end in zip(kept, image.size * 2, strict=True)]
+            image = image.resize((width, height), Image.Resampling.LANCZOS, box)
+        else:
+            image = image.resize(covering, Image.Resampling.LANCZOS).crop(kept)
         return torch.from_numpy(np.array(ImageOps.mirror(image) if flip else image)).permute(2, 0, 1).contiguous()
 
     def crop(self, index):
@@ -1049,7 +1087,7 @@ class TrainingImages(torch.utils.data.Dataset):
     def __getitem__(self, key):
         index, position = key
         seed = derive_seed("sample", self.args.seed, position)
-        top, left, flip, drop = torch.rand(4, generator=torch.Generator().manual_seed(seed)).tolist()
+        top, left, flip, drop, choice = torch.rand(5, generator=torch.Generator().manual_seed(seed)).tolist()
         flip = self.args.random_flip and flip < 0.5
         sample = {
             "seed": derive_seed("noise", self.args.seed, position),
@@ -1060,10 +1098,10 @@ class TrainingImages(torch.utils.data.Dataset):
             sample.update(load_file(self.latents_path(index, flip)))
         else:
             sample["pixels"] = self.pixels(index, *((0.5, 0.5) if self.args.center_crop else (top, left)), flip)
+        captions = self.inspected[index]["captions"]
+        sample["caption"] = captions[int(choice * len(captions))]
         if self.args.cache_prompt_embeds:
-            sample.update(load_file(self.embeds_path(self.inspected[index]["caption"])))
-        else:
-            sample["caption"] = self.inspected[index]["caption"]
+            sample.update(load_file(self.embeds_path(sample["caption"])))
         return sample
 
 
@@ -1126,7 +1164,8 @@ def make_dataloader(args, accelerator, train_dataset, first_step):
         collate_fn=collate,
         num_workers=args.dataloader_num_workers,
         pin_memory=accelerator.device.type == "cuda",
-        worker_init_fn=ignore_signals,
+        # They leave signals to their process, which still needs them for the step that it finishes.
+        worker_init_fn=functools.partial(on_stop_signals, signal.SIG_IGN),
     )
 
 
@@ -1174,10 +1213,7 @@ def encode_prompts(text_encoders, prompts, max_sequence_length, device):
 
 @torch.no_grad()
 def encode_images(vae, pixels, device):
-    """
-    Encode images `(B, 3, H, W)`, uint8, to the mean and log-variance of their latents: `(B, 2 * C, H / 8, W / 8)`,
-    float32.
-    """
+    """Mean and log-variance `(B, 2 * C, H / 8, W / 8)`, float32, of the latents of images `(B, 3, H, W)`, uint8."""
     with training_utils.offload_models(vae, device=device):
         return vae.encode(pixels.to(device, non_blocking=True) / 127.5 - 1).latent_dist.parameters
 
@@ -1199,12 +1235,9 @@ def draw(sample, generators, device):
 def prepare_batch(batch, null_embeds, vae, text_encoders, max_sequence_length, device):
     """
     Add to a batch of the data loader what [`training_losses`] and [`predict_velocity`] ask for, on the device:
-    `generators`, `latents`, `prompt_embeds`, `pooled_prompt_embeds`, and both of the empty caption under `null_`.
-
-    Args:
-        batch (`dict`): From [`collate`]; with `moments` and embeddings where these are cached.
-        null_embeds (`dict`): From [`encode_prompts`], of the one empty caption, on the device.
-        vae (`AutoencoderKL`), text_encoders (`StableDiffusion3Pipeline`): Only a config, and `None`, where cached.
+    `generators`, `latents`, `prompt_embeds`, `pooled_prompt_embeds`, and both of the empty caption under `null_`, from
+    `null_embeds` of [`encode_prompts`]. `vae` is only asked for its config, and `text_encoders` is `None`, where the
+    batch has cached tensors.
     """
     batch["generators"] = [torch.Generator().manual_seed(seed) for seed in batch["seed"]]
     torch.manual_seed(batch["seed"][0])  # LoRA dropout: a function of the position in the run, like all else
@@ -1250,10 +1283,9 @@ def report_truncation(model_dir, captions, max_sequence_length, no_text_encoder_
     for name, part in tokenizers.items():
         tokenizer = AutoTokenizer.from_pretrained(model_dir, subfolder=part)
         length = tokenizer.model_max_length if name == "CLIP" else max_sequence_length
-        truncated = 0
-        for start in tqdm(range(0, len(captions), 1000), desc=f"Counting {name} tokens", unit="k captions"):
-            tokens = tokenizer(captions[start : start + 1000], verbose=False).input_ids
-            truncated += sum(len(ids) > length for ids in tokens)
+        starts = tqdm(range(0, len(captions), 1000), desc=f"Counting {name} tokens", unit="k captions")
+        tokens = (tokenizer(captions[start : start + 1000], verbose=False).input_ids for start in starts)
+        truncated = sum(len(ids) > length for part in tokens for ids in part)
         logger.info(f"{truncated} of {len(captions)} captions are longer than the {length} tokens that {name} reads.")
 
 
@@ -1267,7 +1299,7 @@ def plan_caches(args, train_dataset, model_config, weight_dtype, prompts):
         keys = itertools.product(range(len(train_dataset)), [False, True] if args.random_flip else [False])
         latents = {train_dataset.latents_path(*key): key for key in keys}
     if args.cache_prompt_embeds:
-        texts = [*prompts, *(item["caption"] for item in train_dataset.inspected)]
+        texts = itertools.chain(prompts, *(item["captions"] for item in train_dataset.inspected))
         embeds = {train_dataset.embeds_path(text): text for text in texts}
     missing = [[item for item in paths.items() if not os.path.exists(item[0])] for paths in (latents, embeds)]
     pixels = sum(math.prod(train_dataset.inspected[index]["size"]) for _, (index, _) in missing[0])
@@ -1375,9 +1407,26 @@ def checkpoints(output_dir):
     return sorted((path for path, step in steps.items() if step.isdigit()), key=lambda path: int(steps[path]))
 
 
+def last_checkpoint(output_dir):
+    """Where to go on from, for a message."""
+    return f"Last checkpoint: {(checkpoints(output_dir) or ['none'])[-1]}"
+
+
+@contextlib.contextmanager
+def writing(folder, what):
+    """Around the writing of `folder`: where it fails, as on a full disk, it is removed, and one line ends the run."""
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:  # PyTorch and safetensors report a full disk as theirs
+        shutil.rmtree(folder, ignore_errors=True)
+        free = shutil.disk_usage(folder.parent).free / 2**30
+        fail(f"{what} could not be written ({error}); {free:.1f} GiB are free. {last_checkpoint(folder.parent)}")
+
+
 def make_trainer_state(args, global_batch_size, inspected):
     """What a checkpoint remembers of its run, to be compared when it is resumed."""
-    contents = [[item["digest"], item["size"], item["caption"]] for item in inspected]
+    captions = [item["captions"][0] if len(item["captions"]) == 1 else item["captions"] for item in inspected]
+    contents = [[item["digest"], item["size"], texts] for item, texts in zip(inspected, captions, strict=True)]
     return {
         "script": Path(__file__).name,
         "global_batch_size": global_batch_size,
@@ -1415,7 +1464,7 @@ def save_checkpoint(accelerator, ema, trainer_state, output_dir, total_limit):
         for leftover in Path(output_dir).glob("checkpoint-*.unfinished"):
             shutil.rmtree(leftover)
     accelerator.wait_for_everyone()
-    try:
+    with writing(unfinished, str(folder)):
         accelerator.save_state(unfinished)
         shadow = {str(i): t for i, t in enumerate(ema.shadow_params)} if ema else {}
         shadow = {i: t.full_tensor() if hasattr(t, "full_tensor") else t for i, t in shadow.items()}
@@ -1430,9 +1479,6 @@ def save_checkpoint(accelerator, ema, trainer_state, output_dir, total_limit):
                     descriptor = os.open(path, os.O_RDWR if path.is_file() else os.O_RDONLY)
                     os.fsync(descriptor)
                     os.close(descriptor)
-    except (OSError, RuntimeError, SafetensorError) as error:  # PyTorch and safetensors report a full disk as theirs
-        shutil.rmtree(unfinished, ignore_errors=True)
-        raise SystemExit(f"error: {folder} could not be written ({error}); older checkpoints are whole") from error
     if accelerator.is_main_process:
         if folder.exists():  # a resumed run comes by here again
             os.replace(folder, f"{folder}.replaced.unfinished")
@@ -1455,13 +1501,15 @@ def load_ema(ema, checkpoint):
         ema.optimization_step = int(file.metadata()["step"])
 
 
-# What cluster schedulers send, and Ctrl-C; Windows has not all of them.
-STOP_SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)]
+# What cluster schedulers send, Ctrl-C, and the end of a session but under `nohup`; Windows has not all of them.
+STOP_SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP") if hasattr(signal, name)]
+if signal.getsignal(STOP_SIGNALS[-1]) == signal.SIG_IGN:
+    STOP_SIGNALS.pop()
 EXIT_INTERRUPTED = 75  # a signal ended the run after a checkpoint (EX_TEMPFAIL of sysexits.h: start it again)
 
 
-def on_stop_signals(handler):
-    """Set what this process does on a signal to stop."""
+def on_stop_signals(handler, worker=None):
+    """Set what this process, or this `worker` of a data loader, does on a signal to stop."""
     for number in STOP_SIGNALS:
         signal.signal(number, handler)
 
@@ -1473,11 +1521,6 @@ def collect_stop_signals():
     return signals
 
 
-def ignore_signals(worker):
-    """Data-loader workers leave signals to their process, which still needs them for the step that it finishes."""
-    on_stop_signals(signal.SIG_IGN)
-
-
 # Validation
 def log_validation(args, accelerator, transformer, vae, model_dir, prompt_embeds, step, signals=()):
     """
@@ -1485,7 +1528,7 @@ def log_validation(args, accelerator, transformer, vae, model_dir, prompt_embeds
     `OUTPUT_DIR/validation/step-N.png`, a row a prompt, and send them to the tracker. A signal in `signals` ends it.
 
     Returns:
-        `dict[str, list[PIL.Image.Image]]`: the images of each prompt, on every process.
+        `dict[str, list[PIL.Image.Image]]`: the images of each prompt, on every process; none where it failed.
     """
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler.from_pretrained(model_dir, subfolder="scheduler")
     unwrapped = accelerator.unwrap_model(transformer)
@@ -1505,6 +1548,7 @@ def log_validation(args, accelerator, transformer, vae, model_dir, prompt_embeds
 
     unwrapped.eval()
     with (
+        optional("Sampling"),
         training_utils.offload_models(vae, device=accelerator.device),
         # Padded, because a sharded transformer needs every process at every forward.
         accelerator.split_between_processes(jobs, apply_padding=True) as mine,
@@ -1524,10 +1568,12 @@ def log_validation(args, accelerator, transformer, vae, model_dir, prompt_embeds
             done.append(((prompt, i), None if signals else image))
     unwrapped.train()
     images = dict(accelerate.utils.gather_object(done))
-    if None in images.values():
+    if any(images.get(job) is None for job in jobs):
         return {}
     rows = {prompt: [images[prompt, i] for i in range(args.num_validation_images)] for prompt in prompts}
-    if accelerator.is_main_process:
+    if not accelerator.is_main_process:
+        return rows
+    with optional("Saving the validation images"):
         everything = [images[job] for job in jobs]
         grid = make_image_grid(everything, rows=len(rows), cols=args.num_validation_images)
         os.makedirs(os.path.join(args.output_dir, "validation"), exist_ok=True)
@@ -1541,27 +1587,33 @@ def log_validation(args, accelerator, transformer, vae, model_dir, prompt_embeds
 
 
 # The result
-def save_result(args, accelerator, transformer, images):
-    """
-    Write what the run was for: the weights, `training_args.json` and the model card, with `images`, samples of the
-    finished model from [`log_validation`]; upload them if asked to.
-    """
+def save_result(args, accelerator, transformer):
+    """Write what the run was for, the weights, and `training_args.json`; returns what [`save_transformer`] does."""
     output = Path(args.output_dir)
     unfinished = output / "result.unfinished"
     dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
     dtype = dtypes[args.save_dtype or ("fp32" if accelerator.mixed_precision == "no" else "bf16")]
-    usage = save_transformer(accelerator, transformer, unfinished, dtype)
-    if not accelerator.is_main_process:
-        return
-    for part in unfinished.iterdir():
-        if (output / part.name).is_dir():
-            shutil.rmtree(output / part.name)
-        os.replace(part, output / part.name)
-    unfinished.rmdir()
-    arguments = json.dumps(public_arguments(args), indent=2)
-    (output / "training_args.json").write_text(arguments)
+    size = sum(p.numel() for p in transformer.parameters() if p.requires_grad) * dtype.itemsize / 2**30
+    with writing(unfinished, f"The result, of {size:.1f} GiB,"):
+        usage = save_transformer(accelerator, transformer, unfinished, dtype)
+        if accelerator.is_main_process:
+            (unfinished / "training_args.json").write_text(json.dumps(public_arguments(args), indent=2))
+    if accelerator.is_main_process:
+        for part in unfinished.iterdir():
+            if (output / part.name).is_dir():
+                shutil.rmtree(output / part.name)
+            os.replace(part, output / part.name)
+        unfinished.rmdir()
+        logger.info(f"Saved the result in {output}")
+    return usage
 
-    rows = []
+
+def publish(args, usage, images):
+    """
+    Write the model card, with `usage` from [`save_result`] and the `images` of [`log_validation`]; upload it with the
+    result if asked to.
+    """
+    output, rows = Path(args.output_dir), []
     for number, (prompt, samples) in enumerate(images.items()):
         files = {f"samples/{number}-{i}.png": image for i, image in enumerate(samples)}
         (output / "samples").mkdir(exist_ok=True)
@@ -1594,10 +1646,9 @@ def save_result(args, accelerator, transformer, images):
         f"prompt = {next(iter(images), 'a prompt')!r}\n"
         f"image = pipeline(prompt, max_sequence_length={args.max_sequence_length}).images[0]\n```",
         f"## Command\n\n```bash\naccelerate launch {Path(__file__).name} {command}\n```",
-        f"## Settings\n\n```json\n{arguments}\n```\n",
+        f"## Settings\n\n```json\n{(output / 'training_args.json').read_text()}\n```\n",
     ]
     huggingface_hub.ModelCard("\n\n".join(card)).save(output / "README.md")
-    logger.info(f"Saved the result and its card in {output}")
     if args.push_to_hub:
         api = huggingface_hub.HfApi(token=args.hub_token)
         parts = ["README.md", "training_args.json", "samples/*", "transformer/*", "pytorch_lora_weights.safetensors"]
@@ -1619,8 +1670,7 @@ def run(args):
     except torch.OutOfMemoryError as error:
         flags = "--cache_latents --cache_prompt_embeds, --gradient_checkpointing, a smaller --train_batch_size, "
         flags += "--full_bf16 (all weights) or --bnb_quantization_config_path (LoRA), --offload"
-        saved = (checkpoints(args.output_dir) or ["none"])[-1]
-        fail(f"out of memory ({str(error)[:200]}). What helps, in this order: {flags}. Last checkpoint: {saved}")
+        fail(f"out of memory ({str(error)[:200]}). Try, in this order, {flags}. {last_checkpoint(args.output_dir)}")
 
 
 if __name__ == "__main__":

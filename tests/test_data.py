@@ -7,6 +7,7 @@ import logging
 import math
 import shlex
 import shutil
+import unicodedata
 from itertools import islice
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from accelerate import PartialState
 from diffusers import StableDiffusion3Pipeline
 from harness import PHOTOS, weights
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from safetensors.torch import load_file, save_file
 
 import train_sd3_soar as script
@@ -145,7 +147,8 @@ def test_authors_format(samples, tmp_path):
         "e": ("png", json.dumps({"text": "text", **short, "medium_caption": None}), "short"),
         "f": ("png", json.dumps({"text": "text", "short_caption": "  "}), "text"),
         "g": ("png", {"text": "text", "other": "other"}, "text"),
-        "h": ("png", json.dumps({"other": "other"}), ""),
+        "h": ("png", json.dumps({"text": "", "other": "other"}), ""),
+        "i": ("JPG", ["one of", "one of"], "one of"),
     }
     (tmp_path / "images").mkdir()
     with open(tmp_path / "data.jsonl", "w") as file:
@@ -175,7 +178,7 @@ def caption_files(folder, **texts):
 
 
 def captions(images):
-    return {Path(item["name"]).stem: item["caption"] for item in images.inspected}
+    return {Path(item["name"]).stem: item["captions"][0] for item in images.inspected}
 
 
 def test_captions_beside_the_images(samples, tmp_path, caplog):
@@ -216,7 +219,43 @@ def test_instance_prompt(samples, tmp_path):
     (tmp_path / "set").mkdir()
     rows.cast_column("image", datasets.Image()).to_parquet(tmp_path / "set" / "train.parquet")
     images = samples("--dataset_name", tmp_path / "set", *prompt)
-    assert [item["caption"] for item in images.inspected] == ["a red square", dog]
+    assert [item["captions"] for item in images.inspected] == [["a red square"], [dog]]
+
+
+@pytest.mark.parametrize("source", ["--train_data_dir", "--dataset_name", "--jsonl_path"])
+def test_several_captions(source, samples, tmp_path):
+    """A list has several captions of an image: each visit draws one by its seed; one is drawn as it was alone."""
+    texts = ["a red square", "a square", "red"]
+    folder = folder_of(tmp_path / "images", {"a.png": solid(RED), "b.png": solid(RED)})
+    arguments = (source, folder)
+    if source == "--train_data_dir":
+        lines = [{"file_name": "a.png", "text": texts}, {"file_name": "b.png", "text": "b"}]
+        (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    elif source == "--jsonl_path":
+        lines = [{"md5": "a", "caption_en": {"long_caption": texts}}, {"md5": "b", "caption_en": "b"}]
+        (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, lines)))
+        arguments = (source, tmp_path / "data.jsonl", "--image_dir", folder)
+    else:
+        rows = {"image": [str(folder / "a.png"), str(folder / "b.png")], "text": [texts, ["b"]]}
+        rows = datasets.Dataset.from_dict(rows).cast_column("image", datasets.Image())
+        (tmp_path / "set").mkdir()
+        rows.to_parquet(tmp_path / "set" / "train.parquet")
+        arguments = (source, tmp_path / "set")
+    images = samples(*arguments)
+    assert [item["captions"] for item in images.inspected] == [texts, ["b"]]
+    drawn = [images[0, position]["caption"] for position in range(300)]
+    assert drawn == [images[0, position]["caption"] for position in range(300)]
+    assert all(80 < drawn.count(text) < 120 for text in texts)
+    assert {images[1, position]["caption"] for position in range(10)} == {"b"}
+
+
+def test_names_that_macos_has_taken_apart(samples, tmp_path):
+    """Metadata written on one system, files on another: an accent is a character there, and a second one here."""
+    name, apart = (unicodedata.normalize(form, "caf\u00e9.png") for form in ("NFC", "NFD"))
+    folder = folder_of(tmp_path / "brackets [v2]", {apart: solid(RED)})
+    assert name != apart and not (folder / name).exists()
+    (folder / "metadata.jsonl").write_text(json.dumps({"file_name": name, "text": "a cup"}))
+    assert samples("--train_data_dir", folder)[0, 0]["caption"] == "a cup"
 
 
 def test_max_train_samples(samples, photos):
@@ -676,3 +715,51 @@ def test_the_authors_command(name, run, pipeline, tmp_path):
         assert not all(torch.equal(tensor, base[key]) for key, tensor in trained.items())
         assert max((tensor - base[key]).abs().max() for key, tensor in trained.items()) < math.ldexp(1, -10)
     assert list((out / "logs").rglob("events*"))
+
+
+# Pictures of odd kinds
+
+
+def test_a_strip_takes_no_memory(samples, tmp_path):
+    """Of a picture of 1 x 20,000 pixels only the part that is kept is enlarged, and it is the right one."""
+    ramp = Image.fromarray(np.repeat(np.arange(20000)[:, None] / 80, 3, 1).astype(np.uint8)[:, None])
+    images = samples("--train_data_dir", folder_of(tmp_path / "images", {"a.png": ramp}), resolution=256)
+    assert ramp.size == (1, 20000) and len(images) == 1
+    sizes = []
+    resize = Image.Image.resize
+
+    def watch(image, size, *more, **options):
+        sizes.append(size)
+        return resize(image, size, *more, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Image.Image, "resize", watch)
+        for top, value in ((0, 0), (0.5, 125), (1, 249)):
+            pixels = images.pixels(0, top, 0.5, False).float()
+            assert pixels.shape == (3, 256, 256) and abs(pixels.mean() - value) < 1
+    assert sizes == [(256, 256)] * 3
+
+
+def test_pictures_of_odd_kinds(tmp_path, samples, caplog):
+    """What generators, scanners and phones write is read as meant, or refused with what to do."""
+    folder = tmp_path / "images"
+    folder.mkdir()
+    workflow = PngInfo()
+    workflow.add_text("workflow", "x" * 3_000_000, zip=True)
+    positions(40, 40).save(folder / "comfy.png", pnginfo=workflow)
+    solid(RED).save(folder / "plain.png")
+    Image.new("L", (12000, 9000), 77).save(folder / "phone.jpg")
+    images = samples("--train_data_dir", folder, "--instance_prompt", "a thing")
+    assert [Path(item["name"]).name for item in images.inspected] == ["comfy.png", "phone.jpg", "plain.png"]
+    assert "2 images are of one colour throughout" in caplog.text  # a JPEG is, to the bit
+    assert color(images[1, 0]) == pytest.approx([77] * 3, abs=1)
+    for name, image, words in (
+        ("float.tiff", Image.fromarray(np.full((40, 40), 0.5, np.float32)), "mode F; make it smaller, with 8 bits"),
+        ("deep.tiff", Image.fromarray(np.full((40, 40), 70000, np.int32)), "of more than 16 bits a pixel"),
+        ("giant.png", Image.new("1", (9500, 9500)), "pixels of mode 1; make it smaller"),
+        ("phone.heic", None, "Pillow does not read its format, or so many pixels; make a JPEG of it"),
+    ):
+        image.save(folder / name) if image else (folder / name).write_bytes(b"ftypheic")
+        with pytest.raises(SystemExit, match=f"{name} cannot be read .*{words}"):
+            samples("--train_data_dir", folder, "--instance_prompt", "a thing")
+        (folder / name).unlink()

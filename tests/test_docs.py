@@ -89,7 +89,7 @@ def test_bounds_are_the_same_everywhere():
     bounds = (ROOT / "requirements.txt").read_text().split("\n")[:-1]
     for script in SCRIPTS:
         header = (ROOT / f"{script}.py").read_text().split("# dependencies = [\n")[1].split("# ]")[0]
-        assert [line.strip('# ",').replace("'", '"') for line in header.splitlines()] == bounds
+        assert [bound.replace("'", '"') for bound in re.findall(r'"(.*?)"', header)] == bounds
     oldest = dict(re.findall(r"^([\w-]+)==(.*)$", (ROOT / "tests" / "constraints-oldest.txt").read_text(), re.M))
     tested = dict(re.findall(r"^([\w-]+)==(.*)$", (ROOT / "tests" / "constraints.txt").read_text(), re.M))
     assert oldest.keys() == tested.keys()

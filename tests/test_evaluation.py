@@ -203,7 +203,7 @@ def test_from_prompts_to_images(generate):
     pictures = {row["file_name"]: (folder / row["file_name"]).read_bytes() for row in rows}
     assert len(set(pictures.values())) == 4
     args = train_sd3_soar.parse_args(["--pretrained_model_name_or_path", "x", "--train_data_dir", str(folder)])
-    assert train_sd3_soar.load_images(args)["caption"] == [row["text"] for row in rows]
+    assert train_sd3_soar.load_images(args)["captions"] == [[row["text"]] for row in rows]
 
     whole, cut, gone = (folder / row["file_name"] for row in rows[:3])
     cut.write_bytes(cut.read_bytes()[:-40])
@@ -383,9 +383,8 @@ def read_back(*arguments):
     args = train_sd3_soar.parse_args(["--pretrained_model_name_or_path", "x", *map(str, arguments)])
     rows = train_sd3_soar.load_images(args)
     images = [train_sd3_soar.inspect_image(image) for image in rows["image"]]
-    return sorted(
-        (row["caption"], row["height"], row["width"], image["digest"]) for row, image in zip(rows, images, strict=True)
-    )
+    read = zip(rows, images, strict=True)
+    return sorted((row["captions"][0], row["height"], row["width"], image["digest"]) for row, image in read)
 
 
 def test_a_data_set_of_the_hub(call, tmp_path):

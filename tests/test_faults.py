@@ -7,6 +7,7 @@ import json
 import math
 import os
 import random
+import re
 import resource
 import signal
 import struct
@@ -134,11 +135,93 @@ def test_a_full_disk_leaves_the_older_checkpoint_whole(arguments, run, tmp_path)
 
     finish(start("train_sd3_soar", arguments, log, setup=setup), log, code=1)
     text = log.read_text()
-    assert "checkpoint-4 could not be written" in text and "older checkpoints are whole" in text
-    assert "Traceback" not in text
+    assert "checkpoint-4 could not be written" in text and f"Last checkpoint: {out / 'checkpoint-2'}" in text
+    assert "GiB are free" in text and "Traceback" not in text
     assert [path.name for path in out.glob("checkpoint-*")] == ["checkpoint-2"]
     finish(start("train_sd3_soar", arguments, log), log)
     assert equal(run("train_sd3_soar", *arguments[:4], *arguments[6:], "--output_dir", tmp_path / "whole"), out)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_full_disk_at_the_end(script, arguments, run, monkeypatch, tmp_path):
+    """One line with what is needed and free; nothing half is left, and `latest` finishes without training."""
+    module, out = importlib.import_module(script), tmp_path / "out"
+    write = module.save_file
+
+    def full(state, path, *metadata):
+        if ".unfinished" in str(path) and "checkpoint" not in str(path):
+            Path(path).write_bytes(b"half")
+            raise OSError(28, "No space left on device")
+        write(state, path, *metadata)
+
+    more = ("--max_train_steps", 2, "--checkpointing_steps", 2)
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "save_file", full)
+        with pytest.raises(SystemExit) as caught:
+            run(script, *arguments, *more)
+    message = str(caught.value)
+    assert re.match(
+        r"error: The result, of 0.0 GiB, could not be written .*No space left.*; [\d.]+ GiB are free", message
+    )
+    assert message.endswith(f"Last checkpoint: {out / 'checkpoint-2'}") and not list(out.glob("result*"))
+    monkeypatch.setattr(module, "training_losses", lambda *_: pytest.fail("it trained"))
+    assert equal(run(script, *arguments, *more), out) and (out / "README.md").exists()
+
+
+def no_memory(*_, **__):
+    raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+def no_disk(*_, **__):
+    raise OSError(28, "No space left on device")
+
+
+@pytest.mark.parametrize(
+    ("name", "what", "failing"),
+    [
+        ("AutoencoderKL.decode", "Sampling", no_memory),
+        ("make_image_grid", "Saving the validation images", no_disk),
+        ("Accelerator.log", "Logging", no_disk),
+        ("Accelerator.end_training", "Logging", no_disk),
+        ("huggingface_hub.ModelCard", "The model card, or its upload with the result,", no_disk),
+    ],
+)
+def test_what_the_result_does_not_depend_on(name, what, failing, arguments, run, monkeypatch, tmp_path, caplog):
+    """Samples, pictures, trackers and cards that fail are a warning: the run goes on, with the same weights."""
+    more = ("--validation_prompt", "a cat", "--validation_steps", 1, "--max_train_steps", 2)
+    holder, _, last = f"train_sd3_sft.{name}".rpartition(".")
+    module, _, attribute = holder.partition(".")
+    holder = importlib.import_module(module)
+    holder = getattr(holder, attribute) if attribute else holder
+    with monkeypatch.context() as patch:
+        patch.setattr(holder, last, failing)
+        out = run("train_sd3_sft", *arguments, *more)
+    (message,) = {r.getMessage().removeprefix("[RANK 0] ") for r in caplog.records if "failed" in r.getMessage()}
+    assert message.startswith(f"{what} failed: ") and ("memory" in message or "No space left" in message)
+    assert (out / "training_args.json").exists()
+    whole = run("train_sd3_sft", *arguments[:4], *arguments[6:], "--output_dir", tmp_path / "whole")
+    assert equal(whole, out)
+
+
+def test_a_tracker_that_cannot_start(arguments, run, monkeypatch):
+    """Such as one without a login: one line, before an image is read."""
+
+    def refuse(*_, **__):
+        raise ValueError("no API key configured")
+
+    monkeypatch.setattr(Accelerator, "init_trackers", refuse)
+    monkeypatch.setattr(train_sd3_soar, "load_images", lambda *_: pytest.fail("images were read"))
+    arguments = [*arguments, "--report_to", "tensorboard"]
+    with pytest.raises(SystemExit, match="^error: --report_to tensorboard: no API key configured$"):
+        run("train_sd3_soar", *arguments)
+
+
+def test_the_end_of_a_session():
+    """SIGHUP stops a run as SIGTERM does, but under `nohup`."""
+    assert signal.SIGHUP in train_sd3_soar.STOP_SIGNALS
+    code = "import signal, train_sd3_soar; print(signal.SIGHUP in train_sd3_soar.STOP_SIGNALS)"
+    done = subprocess.run(["nohup", sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout.split() == ["False"]
 
 
 def test_latest_skips_what_is_not_whole_and_says_so(run, tmp_path, caplog):
@@ -441,7 +524,7 @@ def test_fuzzed_data_ends_in_a_message_or_a_counted_skip(kind, pipeline, tmp_pat
         assert args.skip_bad_images or len(rows) == len(inspected)
         for item in inspected:
             assert Path(item["name"]).resolve().parent == folder.resolve()  # nothing from outside
-            assert isinstance(rows[item["row"]]["caption"] or "", str)
+            assert all(isinstance(text, str) for text in rows[item["row"]]["captions"])
     assert ended > 20 and used > 40 and dropped > 5
 
 

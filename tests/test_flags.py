@@ -567,7 +567,7 @@ def progress(k):
 
 
 SCHEDULES = {
-    "constant": ([], lambda k: 1),
+    "constant": ([], lambda k: min(1, k / WARMUP)),  # a warm-up acts with the default, too
     "constant_with_warmup": ([], lambda k: min(1, k / WARMUP)),
     "linear": ([], lambda k: k / WARMUP if k < WARMUP else 1 - progress(k)),
     "cosine": ([], lambda k: k / WARMUP if k < WARMUP else (1 + math.cos(math.pi * progress(k))) / 2),
@@ -637,6 +637,23 @@ def test_prodigy(run, monkeypatch):
     run(SFT, *PRODIGY, "--max_train_steps", 1, "--prodigy_beta3", 0.5, *flags, "--overwrite_output_dir")
     group = made[1][2].param_groups[0]
     assert [group.get(name) for name in names] == [0.5, False, False, False]
+
+
+@pytest.mark.parametrize("script", [SFT, LORA])
+def test_the_rate_of_prodigy(script, run, logged, caplog, tmp_path):
+    """It multiplies the rate by its own: 1 is the default, the product is logged, and far less is warned of."""
+    run(script, "--optimizer", "prodigy", "--max_train_steps", 25, omit=["--learning_rate"])
+    arguments = json.loads((tmp_path / "out" / "training_args.json").read_text())
+    rates = [values["lr"] for values in logged]
+    assert arguments["learning_rate"] == 1 and rates[0] == pytest.approx(1e-6) and rates[-1] > 1e-6
+    assert "Prodigy multiplies" not in caplog.text
+    run(script, "--optimizer", "prodigy", "--learning_rate", 1e-4, "--output_dir", tmp_path / "low")
+    assert "Prodigy multiplies --learning_rate 0.0001 by what it finds; 1 is usual" in caplog.text
+    one = ("--max_train_steps", 1, "--lr_warmup_steps", 1, "--output_dir", tmp_path / "adamw")
+    run(script, *one, omit=["--learning_rate"])
+    assert "--lr_warmup_steps 1 outlasts the run of 1 steps" in caplog.text
+    default = json.loads((tmp_path / "adamw" / "training_args.json").read_text())["learning_rate"]
+    assert default == (1e-4 if script == LORA else 2e-5)
 
 
 @covers("--max_grad_norm")

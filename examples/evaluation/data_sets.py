@@ -45,10 +45,12 @@ def check_data_arguments(parser, args):
 
 
 def read_data(args):
-    """The rows of a data set, `list[dict]`: `file_name`, `text`, `image`, and the `height` and `width` asked for."""
+    """The rows of a data set, `list[dict]`: `file_name`, `text`, `captions`, `image`, `height` and `width`."""
     rows, table = [], script.load_images(args)
     for index, row in enumerate(tqdm(table, desc="Reading", unit="image")):
-        row["text"] = row.pop("caption")
+        captions = row.pop("captions")
+        row["text"] = captions[0]  # what an image is scored by
+        row["captions"] = captions[0] if len(captions) == 1 else captions
         row["file_name"] = name_of(args, index, row["image"])
         if row["image"] and row["image"]["bytes"] is not None:
             row["image"] = (table, index)  # not its bytes: a data set is larger than the memory
@@ -186,8 +188,8 @@ def describe(to, row, image, size):
         data, suffix, image = buffer.getvalue(), ".png", {"bytes": buffer.getvalue(), "path": None}
     if to == "jsonl":
         md5 = hashlib.md5(data, usedforsecurity=False).hexdigest()
-        return {"target": md5 + suffix, "md5": md5, "caption_en": row["text"], "bw": size[1], "bh": size[0]}, image
+        return {"target": md5 + suffix, "md5": md5, "caption_en": row["captions"], "bw": size[1], "bh": size[0]}, image
     target = row["file_name"]
     if not Path(target).suffix:
         target += suffix or ".png"
-    return {"target": target, "file_name": f"images/{target}", "text": row["text"]}, image
+    return {"target": target, "file_name": f"images/{target}", "text": row["captions"]}, image
