@@ -90,10 +90,11 @@ PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY  # generated pict
 FREE_ON_RESUME = """
     aux_batch_size cache_dir cache_prompt_embeds caption_column checkpointing_steps checkpoints_total_limit
     dataloader_num_workers dataset_config_name dataset_name gradient_accumulation_steps gradient_checkpointing
-    guidance_scale hub_model_id hub_token image_column image_dir instance_prompt jsonl_path max_skipped_steps
-    max_train_samples max_train_steps num_inference_steps num_train_epochs num_validation_images offload
-    offload_ema output_dir overwrite_output_dir push_to_hub report_to resume_from_checkpoint save_dtype
-    skip_bad_images skip_final_inference torch_compile train_data_dir validation_prompt validation_steps
+    guidance_scale hub_model_id hub_private hub_token image_column image_dir instance_prompt jsonl_path
+    max_skipped_steps max_train_samples max_train_steps min_image_side num_inference_steps num_train_epochs
+    num_validation_images offload offload_ema output_dir overwrite_output_dir push_to_hub report_to
+    resume_from_checkpoint save_dtype skip_bad_images skip_final_inference torch_compile train_data_dir
+    validation_height validation_prompt validation_steps validation_width
 """.split()
 
 
@@ -125,7 +126,8 @@ def parse_args(input_args=None):
     add("--instance_prompt", help="Caption of every image that has none, such as: a photo of sks dog.")
     add("--max_train_samples", type=number(int, 1), help="Use the first N images.")
     add("--skip_bad_images", action="store_true", help="Drop and count images that cannot be read, instead of ending.")
-    add("--resolution", type=number(int, 16), default=512, help="Size in pixels, also of the validation images.")
+    add("--min_image_side", type=number(int, 1), default=1, help="Drop and count images with a shorter side.")
+    add("--resolution", type=number(int, 16), default=512, help="Size in pixels.")
     add("--center_crop", action="store_true", help="Crop the centre instead of a random part.")
     add("--random_flip", action="store_true", help="Mirror half of the images.")
     add("--use_aspect_ratio_buckets", action="store_true", help="Train at several shapes of about --resolution^2.")
@@ -195,6 +197,8 @@ def parse_args(input_args=None):
     add("--validation_prompt", action="append", default=[], help="May be given several times.")
     add("--num_validation_images", type=number(int, 0), default=4, help="Per prompt; 0 draws none.")
     add("--validation_steps", type=number(int, 1), default=500, help="Sample every N optimizer steps.")
+    add("--validation_height", type=number(int, 16), help="In pixels. Default: --resolution.")
+    add("--validation_width", type=number(int, 16), help="In pixels. Default: --resolution.")
     add("--num_inference_steps", type=number(int, 1), default=40)
     add("--guidance_scale", type=number(), default=4.5)
     add("--skip_final_inference", action="store_true", help="No samples from the finished model.")
@@ -203,6 +207,7 @@ def parse_args(input_args=None):
     add("--report_to", choices=["none", "all", *LOGGER_TYPE_TO_CLASS], default="tensorboard")
     add("--push_to_hub", action="store_true", help="Upload the result and its card.")
     add("--hub_model_id", help="Repository to push to. Default: the name of --output_dir.")
+    add("--hub_private", action="store_true", help="Make it a private one, if it is new.")
     add("--hub_token", help="Better: `hf auth login`, or the HF_TOKEN variable. Never written anywhere.")
 
     args = parser.parse_args(input_args)
@@ -297,6 +302,8 @@ def training_losses(args, predict, latents, generators, shift, sync):
 
 def main(args):
     # Setup
+    if args.hub_token:  # there every library finds it, and nothing that is written does
+        os.environ["HF_TOKEN"], args.hub_token = args.hub_token, None
     accelerator = make_accelerator(args)
     device = accelerator.device
     weight_dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
@@ -308,7 +315,7 @@ def main(args):
     model_dir = model_config["folder"]
     checkpoint, saved_state = run_on_main(accelerator, find_checkpoint, args)
     if args.report_to != "none":
-        tracked = {k: v if isinstance(v, (int, float, str)) else str(v) for k, v in public_arguments(args).items()}
+        tracked = {k: v if isinstance(v, (int, float, str)) else str(v) for k, v in vars(args).items()}
         with failing_with(f"--report_to {args.report_to}"):  # it may ask for a login
             accelerator.init_trackers(Path(__file__).stem, tracked, {"wandb": {"dir": args.output_dir}})
     if args.seed is None:
@@ -472,12 +479,12 @@ def main(args):
     # Result: first what the run was for, then what may fail
     samples = {}
     with averaged_weights(ema, parameters):
-        usage = save_result(args, accelerator, transformer)
+        save_result(args, accelerator, transformer)
         if validating and not args.skip_final_inference:
             samples = log_validation(args, accelerator, transformer, vae, model_dir, prompt_embeds, global_step)
     if accelerator.is_main_process:
         with optional("The model card, or its upload with the result,"):
-            publish(args, usage, samples)
+            publish(args, samples)
     accelerator.wait_for_everyone()
     with optional("Logging"):
         accelerator.end_training()
@@ -498,12 +505,14 @@ def check_args(parser, args):
             parser.error(f"--{flag} {path}: no such {kind}")
     if args.lr_scheduler == "constant" and args.lr_warmup_steps > 0:
         args.lr_scheduler = "constant_with_warmup"
+    args.validation_height = args.validation_height or args.resolution
+    args.validation_width = args.validation_width or args.resolution
     try:
-        buckets = training_sizes(args)
+        sides = {args.resolution, args.validation_height, args.validation_width}.union(*training_sizes(args))
     except ValueError as error:
         parser.error(f"--aspect_ratio_buckets: {error}")
-    if args.resolution % 16 or any(side % 16 for bucket in buckets for side in bucket):
-        parser.error("--resolution and every side of --aspect_ratio_buckets must be divisible by 16")
+    if any(side % 16 for side in sides):
+        parser.error("--resolution, --validation_ and every side of --aspect_ratio_buckets must be divisible by 16")
 
     optimizers = {"prodigyopt": args.optimizer == "prodigy", "bitsandbytes": args.use_8bit_adam}
     for package, wanted in (optimizers | {"torchao": args.full_bf16}).items():
@@ -536,11 +545,6 @@ def number(kind=float, low=-math.inf, high=math.inf):
 
     parse.__name__ = kind.__name__  # argparse names the type when `kind` itself refuses the text
     return parse
-
-
-def public_arguments(args):
-    """The arguments as a dictionary, without secrets."""
-    return {name: value for name, value in vars(args).items() if name != "hub_token"}
 
 
 def fail(message):
@@ -653,15 +657,15 @@ def make_accelerator(args):
 
 
 # Model and optimizer
-def fetch(flag, name, patterns, token, revision=None):
+def fetch(flag, name, patterns, revision=None):
     """The folder `name` that a flag gives, or the hub's of that name, with the files that fit `patterns` fetched."""
     if os.path.isdir(name):
         return name
     if os.path.isfile(name):
         code = "from diffusers import StableDiffusion3Pipeline as P; P.from_single_file"
         fail(f"--{flag} {name} is one file. Make a folder of it in Python: {code}({name!r}).save_pretrained('FOLDER')")
-    options = {"allow_patterns": patterns, "token": token, "revision": revision}
-    return ask_hub(f"--{flag} {name} cannot be loaded", huggingface_hub.snapshot_download, name, **options)
+    what = f"--{flag} {name} cannot be loaded"
+    return ask_hub(what, huggingface_hub.snapshot_download, name, allow_patterns=patterns, revision=revision)
 
 
 def check_model(args):
@@ -670,8 +674,8 @@ def check_model(args):
     Returns the model's `folder`, `shift`, and the sizes that data and caches depend on.
     """
     name = args.pretrained_model_name_or_path
-    model_dir = fetch("pretrained_model_name_or_path", name, "*.json", args.hub_token, args.revision)
-    started = args.transformer and fetch("transformer", args.transformer, "transformer/*.json", args.hub_token)
+    model_dir = fetch("pretrained_model_name_or_path", name, "*.json", args.revision)
+    started = args.transformer and fetch("transformer", args.transformer, "transformer/*.json")
     with failing_with(f"--pretrained_model_name_or_path {name} is not a Stable Diffusion 3 pipeline"):
         if not StableDiffusion3Pipeline.load_config(model_dir)["_class_name"].startswith("StableDiffusion3"):
             raise ValueError("its model_index.json names another pipeline")
@@ -699,8 +703,8 @@ def check_model(args):
     if scheduler.get("use_dynamic_shifting"):
         fail(f"{name}: its scheduler uses dynamic shifting; these scripts need a constant `shift`, as SD3.5 has")
     trained_layers(args, transformer)
-    for side in {args.resolution, *itertools.chain(*training_sizes(args))}:
-        check_side(side, model_config, "--resolution or --aspect_ratio_buckets")
+    for side in {args.validation_height, args.validation_width}.union(*training_sizes(args)):
+        check_side(side, model_config, "--resolution, --validation_ or --aspect_ratio_buckets")
     return model_config
 
 
@@ -714,10 +718,10 @@ def check_side(side, model_config, what):
 def download_model(args, model_dir):
     """Fetch from the hub what this run needs of the model and the cache does not hold, and nothing else."""
     unused = {*TEXT_PARTS} - {*text_parts(args.no_text_encoder_3)} | ({"transformer"} if args.transformer else set())
-    hub = {"revision": args.revision, "variant": args.variant, "token": args.hub_token}
+    options = {"revision": args.revision, "variant": args.variant, "use_safetensors": True} | dict.fromkeys(unused)
     if model_dir != (name := args.pretrained_model_name_or_path):
-        what, options = f"--pretrained_model_name_or_path {name} cannot be loaded", hub | dict.fromkeys(unused)
-        ask_hub(what, StableDiffusion3Pipeline.download, name, use_safetensors=True, **options)
+        what = f"--pretrained_model_name_or_path {name} cannot be loaded"
+        ask_hub(what, StableDiffusion3Pipeline.download, name, **options)
 
 
 def trained_layers(args, config):
@@ -734,7 +738,6 @@ def load_transformer(args, model_dir, weight_dtype, checkpoint=None):
         checkpoint or args.transformer or model_dir,
         subfolder="transformer",
         variant=None if checkpoint or args.transformer else args.variant,
-        token=args.hub_token,
         dtype=weight_dtype if args.full_bf16 else torch.float32,
         use_safetensors=True,
     )
@@ -744,9 +747,6 @@ def save_transformer(accelerator, transformer, folder, dtype=None):
     """
     Write the trained weights to `folder/transformer`: a result's as `dtype`, a checkpoint's as they are. In diffusers'
     names and in one file, which other programs load, too. Every process must call it.
-
-    Returns:
-        `str`: the lines of Python, for the model card, that make a pipeline of `base` and the folder `result`.
     """
     state = accelerator.get_state_dict(transformer)  # gathered, where the weights are sharded over the processes
     if accelerator.is_main_process:
@@ -754,11 +754,12 @@ def save_transformer(accelerator, transformer, folder, dtype=None):
         accelerator.unwrap_model(transformer).save_config(folder)
         state = {name: tensor.to("cpu", dtype).contiguous() for name, tensor in state.items()}
         save_file(state, os.path.join(folder, "diffusion_pytorch_model.safetensors"), {"format": "pt"})
-    return (
-        "dtype = torch.bfloat16\n"
-        'transformer = SD3Transformer2DModel.from_pretrained(result, subfolder="transformer", dtype=dtype)\n'
-        "pipeline = StableDiffusion3Pipeline.from_pretrained(base, transformer=transformer, dtype=dtype)"
-    )
+
+
+# For the model card: what makes a pipeline of `base` and the folder `result`.
+USAGE = """dtype = torch.bfloat16
+transformer = SD3Transformer2DModel.from_pretrained(result, subfolder="transformer", dtype=dtype)
+pipeline = StableDiffusion3Pipeline.from_pretrained(base, transformer=transformer, dtype=dtype)"""
 
 
 def predict_velocity(transformer, batch, noisy_latents, sigma, samples=slice(None), null=False):
@@ -848,7 +849,7 @@ def load_images(args):
         columns["captions"] = [[text or default for text in texts] or [default] for texts in columns["captions"]]
         return datasets.Dataset.from_dict(columns)
 
-    load = functools.partial(datasets.load_dataset, name=args.dataset_config_name, split="train", token=args.hub_token)
+    load = functools.partial(datasets.load_dataset, name=args.dataset_config_name, split="train")
     rows = ask_hub(f"--dataset_name {args.dataset_name}", load, args.dataset_name)
     if args.max_train_samples is not None:
         rows = rows.select(range(min(args.max_train_samples, len(rows))))
@@ -1004,6 +1005,9 @@ def inspect_images(args, model_config, rows):
             if not args.skip_bad_images:
                 fail(f"{name} cannot be read ({found['error']}); mend it, or drop such images with --skip_bad_images")
             logger.warning(f"Dropped {name}: {found['error']}")
+            continue
+        if min(found["size"]) < args.min_image_side:
+            notes["have a side below --min_image_side and are dropped"] += 1
             continue
         size = heights[row], widths[row]
         if size == (0, 0):
@@ -1484,7 +1488,7 @@ def make_trainer_state(args, global_batch_size, inspected):
         "script": Path(__file__).name,
         "global_batch_size": global_batch_size,
         "data": hashlib.sha256(json.dumps(contents).encode()).hexdigest(),
-        "arguments": json.loads(json.dumps(public_arguments(args))),
+        "arguments": json.loads(json.dumps(vars(args))),
         "versions": {name: version(name) for name in ("accelerate", "diffusers", "torch", "transformers")},
     }
 
@@ -1610,8 +1614,8 @@ def log_validation(args, accelerator, transformer, vae, model_dir, prompt_embeds
             image = pipeline(
                 **inputs(prompt),
                 **{f"negative_{name}": tensor for name, tensor in inputs("").items()},
-                height=args.resolution,
-                width=args.resolution,
+                height=args.validation_height,
+                width=args.validation_width,
                 num_inference_steps=args.num_inference_steps,
                 guidance_scale=args.guidance_scale,
                 max_sequence_length=args.max_sequence_length,
@@ -1641,16 +1645,16 @@ def log_validation(args, accelerator, transformer, vae, model_dir, prompt_embeds
 
 # The result
 def save_result(args, accelerator, transformer):
-    """Write what the run was for, the weights, and `training_args.json`; returns what [`save_transformer`] does."""
+    """Write what the run was for, the weights, and `training_args.json`."""
     output = Path(args.output_dir)
     unfinished = output / "result.unfinished"
     dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
     dtype = dtypes[args.save_dtype or ("fp32" if accelerator.mixed_precision == "no" else "bf16")]
     size = sum(p.numel() for p in transformer.parameters() if p.requires_grad) * dtype.itemsize / 2**30
     with writing(unfinished, f"The result, of {size:.1f} GiB,"):
-        usage = save_transformer(accelerator, transformer, unfinished, dtype)
+        save_transformer(accelerator, transformer, unfinished, dtype)
         if accelerator.is_main_process:
-            (unfinished / "training_args.json").write_text(json.dumps(public_arguments(args), indent=2))
+            (unfinished / "training_args.json").write_text(json.dumps(vars(args), indent=2))
     if accelerator.is_main_process:
         for part in unfinished.iterdir():
             if (output / part.name).is_dir():
@@ -1658,15 +1662,11 @@ def save_result(args, accelerator, transformer):
             os.replace(part, output / part.name)
         unfinished.rmdir()
         logger.info(f"Saved the result in {output}")
-    return usage
 
 
-def publish(args, usage, images):
-    """
-    Write the model card, with `usage` from [`save_result`] and the `images` of [`log_validation`]; upload it with the
-    result if asked to.
-    """
-    output, rows = Path(args.output_dir), []
+def publish(args, images):
+    """Write the model card, with the `images` of [`log_validation`]; upload it with the result if asked to."""
+    output, rows, usage = Path(args.output_dir), [], USAGE
     for number, (prompt, samples) in enumerate(images.items()):
         files = {f"samples/{number}-{i}.png": image for i, image in enumerate(samples)}
         (output / "samples").mkdir(exist_ok=True)
@@ -1703,10 +1703,10 @@ def publish(args, usage, images):
     ]
     huggingface_hub.ModelCard("\n\n".join(card)).save(output / "README.md")
     if args.push_to_hub:
-        api = huggingface_hub.HfApi(token=args.hub_token)
+        api = huggingface_hub.HfApi()
         parts = ["README.md", "training_args.json", "samples/*", "transformer/*", "pytorch_lora_weights.safetensors"]
         what = f"--push_to_hub {title}: the result is safe in {output}, but not uploaded"
-        repo = ask_hub(what, api.create_repo, title, exist_ok=True).repo_id
+        repo = ask_hub(what, api.create_repo, title, exist_ok=True, private=args.hub_private or None).repo_id
         upload = {"folder_path": output, "allow_patterns": parts, "commit_message": "End of training"}
         ask_hub(what, lambda repo: api.upload_folder(repo_id=repo, **upload), repo)
 

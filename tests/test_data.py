@@ -258,6 +258,16 @@ def test_names_that_macos_has_taken_apart(samples, tmp_path):
     assert samples("--train_data_dir", folder)[0, 0]["caption"] == "a cup"
 
 
+def test_min_image_side(samples, tmp_path, caplog):
+    """The shorter side counts; what is dropped is counted."""
+    sizes = {"a.png": (40, 40), "b.png": (40, 31), "c.png": (31, 90), "d.png": (32, 32)}
+    folder = folder_of(tmp_path / "images", {name: solid(RED, size=size) for name, size in sizes.items()})
+    images = samples("--train_data_dir", folder, "--min_image_side", 32)
+    assert [Path(item["name"]).name for item in images.inspected] == ["a.png", "d.png"]
+    assert "2 images have a side below --min_image_side and are dropped" in caplog.text
+    assert "2 images, 2 dropped" in caplog.text and len(samples("--train_data_dir", folder)) == 4
+
+
 def test_max_train_samples(samples, photos):
     """The first N, and all where there are fewer."""
     images = samples("--train_data_dir", photos, "--max_train_samples", 3)

@@ -55,7 +55,9 @@ ELSEWHERE = {
     "--max_skipped_steps": "test_faults.test_steps_that_are_not_finite_may_be_skipped",
     "--push_to_hub": "test_hub.test_what_is_uploaded",
     "--hub_model_id": "test_hub.test_what_is_uploaded",
+    "--hub_private": "test_hub.test_what_is_uploaded",
     "--hub_token": "test_hub.test_what_is_uploaded",
+    "--min_image_side": "test_data.test_min_image_side",
 }
 
 
@@ -1108,6 +1110,15 @@ def test_validation(run, monkeypatch, tmp_path):
     calls.clear()
     run(SFT, "--output_dir", tmp_path / "none")
     assert not calls
+
+
+@covers("--validation_height", "--validation_width")
+def test_validation_size(run, tmp_path):
+    """Each in pixels; the other is that of the training."""
+    arguments = (SFT, "--validation_prompt", "a cat", "--max_train_steps", 1)
+    for flag, size in (("--validation_height", (32, 48)), ("--validation_width", (48, 32))):
+        out = run(*arguments, flag, 48, "--output_dir", tmp_path / flag)
+        assert Image.open(out / "validation" / "step-1.png").size == size
 
 
 def test_the_same_prompt_twice(run):

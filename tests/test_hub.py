@@ -217,10 +217,13 @@ def test_what_is_uploaded(script, hub, clients, pipeline, tmp_path):
     hub.add("someone/open", pipeline)
     flags = ("--push_to_hub", "--hub_token", "hf_known", "--hub_model_id", f"mine-{script}", "--cache_latents")
     flags += ("--validation_prompt", "a cat", "--checkpointing_steps", 1, "--report_to", "tensorboard")
+    flags += ("--hub_private",)
     named = ("--push_to_hub", "--hub_token=hf_known", "--output_dir", tmp_path / f"named-{script}")
     ended, shown = clients((script, "someone/open", *flags), (script, "someone/open", *named), HF_TOKEN="hf_known")
     assert ended == ["", ""] and "hf_known" not in shown
     assert {f"me/mine-{script}", f"me/named-{script}"} <= hub.uploaded.keys()
+    asked = (json.dumps(hub.uploaded[f"me/{name}-{script}"]) for name in ("mine", "named"))
+    assert ["private" in text for text in asked] == [True, False]
     uploaded = hub.root / "me" / f"mine-{script}"
     files = {path.relative_to(uploaded).as_posix() for path in uploaded.rglob("*") if path.is_file()}
     parts = {"transformer/config.json", "transformer/diffusion_pytorch_model.safetensors"}

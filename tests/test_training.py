@@ -26,6 +26,7 @@ ALLOWED_DIFFERENCES = {
         "trained_layers",
         "load_transformer",
         "save_transformer",
+        "USAGE",
     },
 }
 
@@ -37,7 +38,8 @@ def definitions(script):
     lines, end, found = source.splitlines(), body[0].lineno - 1, {}
     for node in body:
         text = "\n".join(lines[end : node.end_lineno]).strip()
-        found[getattr(node, "name", text)] = text
+        name = node.targets[0].id if isinstance(node, ast.Assign) and hasattr(node.targets[0], "id") else text
+        found[getattr(node, "name", name)] = text
         end = node.end_lineno
     return found
 

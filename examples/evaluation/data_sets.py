@@ -29,7 +29,6 @@ def add_data_arguments(parser):
     add("--caption_column", default="text")
     add("--instance_prompt", help="Caption of every image that has none.")
     add("--max_train_samples", type=script.number(int, 1), help="Use the first N images.")
-    parser.set_defaults(hub_token=None)  # `load_images` reads it, too: here it is that of `hf auth login`
 
 
 def check_data_arguments(parser, args):
