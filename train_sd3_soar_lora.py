@@ -326,14 +326,14 @@ def main(args):
     model_config = run_on_each(accelerator, check_model, args)
     model_dir = model_config["folder"]
     checkpoint, saved_state = run_on_main(accelerator, find_checkpoint, args)
-    if args.report_to != "none":
-        tracked = {k: v if isinstance(v, (int, float, str)) else str(v) for k, v in vars(args).items()}
-        with failing_with(f"--report_to {args.report_to}"):  # it may ask for a login
-            accelerator.init_trackers(Path(__file__).stem, tracked, {"wandb": {"dir": args.output_dir}})
     if args.seed is None:
         seed = saved_state["arguments"]["seed"] if checkpoint else random.getrandbits(31)
         args.seed = run_on_main(accelerator, lambda: seed)
     logger.info(f"Seed {args.seed}, {accelerator.num_processes} processes, global batch {global_batch_size}")
+    if args.report_to != "none":
+        tracked = {k: v if isinstance(v, (int, float, str)) else str(v) for k, v in vars(args).items()}
+        with failing_with(f"--report_to {args.report_to}"):  # it may ask for a login
+            accelerator.init_trackers(Path(__file__).stem, tracked, {"wandb": {"dir": args.output_dir}})
     rows = run_on_each(accelerator, load_images, args)
     inspected = run_on_main(accelerator, inspect_images, args, model_config, rows)
     if len(inspected) < global_batch_size:
