@@ -117,10 +117,10 @@ def parse_args(input_args=None):
 
     add = parser.add_argument_group("data (--dataset_name, --train_data_dir, or --jsonl_path)").add_argument
     add("--dataset_name", help="Hub id or folder for `datasets.load_dataset`, split `train`.")
-    add("--dataset_config_name", help="Configuration of --dataset_name.")
+    add("--dataset_config_name", help="With --dataset_name: its configuration.")
     add("--train_data_dir", help="Folder of images, with NAME.txt beside each, or `metadata.jsonl` or `metadata.csv`.")
     add("--jsonl_path", help='Lines {"md5": ..., "caption_en": ..., "bw": 512, "bh": 512}.')
-    add("--image_dir", help="Folder of the images of --jsonl_path: `{md5}.jpg`, .jpeg, .png, .webp.")
+    add("--image_dir", help="With --jsonl_path: the folder of its images, `{md5}.jpg`, .jpeg, .png, .webp.")
     add("--image_column", default="image", help="Of --dataset_name; of the metadata of --train_data_dir: file_name.")
     add("--caption_column", default="text", help="Of --dataset_name, and of the metadata of --train_data_dir.")
     add("--instance_prompt", help="Caption of every image that has none, such as: a photo of sks dog.")
@@ -133,8 +133,7 @@ def parse_args(input_args=None):
     add("--use_aspect_ratio_buckets", action="store_true", help="Train at several shapes of about --resolution^2.")
     add("--aspect_ratio_buckets", help='The shapes, as "height,width;height,width"; implies the flag above.')
     add("--max_sequence_length", type=number(int, 1, 512), default=256, help="T5 tokens; sample with as many.")
-    dropout = {"type": number(float, 0, 1), "default": 0.0, "help": "Share of captions that are left empty."}
-    add("--cond_dropout_rate", "--caption_dropout", **dropout)
+    add("--cond_dropout_rate", "--caption_dropout", type=number(float, 0, 1), default=0.0, help="Share left empty.")
     add("--cache_latents", action="store_true", help="Encode every image once, to disk; keeps one crop an image.")
     add("--cache_prompt_embeds", action="store_true", help="Encode every caption once, to disk.")
     add("--cache_dir", help="Folder of both caches, shared by runs. Default: OUTPUT_DIR/cache.")
@@ -152,9 +151,9 @@ def parse_args(input_args=None):
     add("--learning_rate", type=number(float, 0), help="Default: 2e-5; with prodigy, which finds the rest, 1.")
     add("--lr_scheduler", choices=[name.value for name in SchedulerType], default="constant")
     add("--lr_warmup_steps", type=number(int, 0), default=0)
-    add("--lr_num_cycles", type=number(int, 1), default=1, help="Restarts of cosine_with_restarts.")
-    add("--lr_power", type=number(), default=1.0, help="Power of polynomial.")
-    add("--lr_step_rules", help='Rules of piecewise_constant: "1:10,0.1:20,0.01" is x1 to step 10, x0.1 to 20, x0.01.')
+    add("--lr_num_cycles", type=number(int, 1), default=1, help="With --lr_scheduler cosine_with_restarts: how many.")
+    add("--lr_power", type=number(), default=1.0, help="With --lr_scheduler polynomial: its power.")
+    add("--lr_step_rules", help="With --lr_scheduler piecewise_constant: 1:10,0.1 is x1 up to step 10, x0.1 after.")
     add("--optimizer", type=str.lower, choices=["adamw", "prodigy"], default="adamw")
     add("--use_8bit_adam", action="store_true", help="AdamW with 8-bit state (bitsandbytes).")
     add("--full_bf16", action="store_true", help="bf16 weights and 8-bit AdamW (torchao): fits a card of 24 GB.")
@@ -162,19 +161,20 @@ def parse_args(input_args=None):
     add("--adam_beta2", type=number(float, 0, 0.99999), default=0.999)
     add("--adam_weight_decay", type=number(float, 0), default=1e-2)
     add("--adam_epsilon", type=number(float, 0), default=1e-8)
-    add("--prodigy_beta3", type=number(float, 0, 0.99999), help="Default: the square root of --adam_beta2.")
-    add("--prodigy_decouple", action=argparse.BooleanOptionalAction, default=True, help="Decoupled weight decay.")
-    add("--prodigy_use_bias_correction", action=argparse.BooleanOptionalAction, default=True)
-    add("--prodigy_safeguard_warmup", action=argparse.BooleanOptionalAction, default=True)
+    add("--prodigy_beta3", type=number(float, 0, 0.99999), help="With --optimizer prodigy: default sqrt(adam_beta2).")
+    switch = {"action": argparse.BooleanOptionalAction, "default": True, "help": "With --optimizer prodigy: as named."}
+    add("--prodigy_decouple", **switch)
+    add("--prodigy_use_bias_correction", **switch)
+    add("--prodigy_safeguard_warmup", **switch)
     add("--max_grad_norm", type=number(float, 0), default=1.0, help="0 does not clip.")
     add("--max_skipped_steps", type=number(int, 0), default=0, help="Skip up to N steps in a row that are not finite.")
     add("--weighting_scheme", choices=["none", "sigma_sqrt", "logit_normal", "mode", "cosmap"], default="logit_normal")
-    add("--logit_mean", type=number(), default=0.0, help="Of logit_normal, the SD3 paper's: positive leans to noise.")
-    add("--logit_std", type=number(float, 0), default=1.0, help="Of logit_normal.")
-    add("--mode_scale", type=number(), default=1.29, help="Of mode.")
+    add("--logit_mean", type=number(), default=0.0, help="With --weighting_scheme logit_normal: above 0 more noise.")
+    add("--logit_std", type=number(float, 0), default=1.0, help="With --weighting_scheme logit_normal: its spread.")
+    add("--mode_scale", type=number(), default=1.29, help="With --weighting_scheme mode: its scale.")
     add("--use_ema", action="store_true", help="Average the weights; validation and the saved model use the average.")
-    add("--ema_decay", type=number(float, 0, 1), default=0.9999)
-    add("--offload_ema", action="store_true", help="Keep the average on the CPU between steps.")
+    add("--ema_decay", type=number(float, 0, 1), default=0.9999, help="With --use_ema: its decay.")
+    add("--offload_ema", action="store_true", help="With --use_ema: keep it on the CPU between steps.")
 
     add = parser.add_argument_group("SOAR").add_argument
     add("--lambda_aux", type=number(float, 0), default=1.0, help="Weight of an auxiliary point; 0 is plain SFT.")
@@ -182,8 +182,8 @@ def parse_args(input_args=None):
     add("--num_rollout_paths", type=number(int, 1), default=1, help="M: the ODE step, and M - 1 stochastic ones.")
     add("--num_sampling_steps", type=number(int, 1), default=40, help="K: the rollout is one step of K.")
     add("--cfg_scale_sampling", type=number(), default=4.5, help="Guidance of the rollout step.")
-    add("--sde_rollout_type", choices=soar_utils.STOCHASTIC_ROLLOUTS, default="flow_sde", help="Paths 1 to M-1.")
-    add("--sde_noise_scale", type=number(float, 0, 1), default=0.5, help="Strength of the stochastic steps.")
+    add("--sde_rollout_type", choices=soar_utils.STOCHASTIC_ROLLOUTS, default="flow_sde", help="Of paths 1 to M-1.")
+    add("--sde_noise_scale", type=number(float, 0, 1), default=0.5, help="Their strength.")
     add("--sigma_upper_ratio", type=number(float, 1), help="Auxiliary sigmas up to RATIO * sigma. Default: up to 1.")
     add("--aux_batch_size", type=number(int, 1), help="Auxiliary points per forward. Default: --train_batch_size.")
 
@@ -195,19 +195,19 @@ def parse_args(input_args=None):
 
     add = parser.add_argument_group("validation").add_argument
     add("--validation_prompt", action="append", default=[], help="May be given several times.")
-    add("--num_validation_images", type=number(int, 0), default=4, help="Per prompt; 0 draws none.")
-    add("--validation_steps", type=number(int, 1), default=500, help="Sample every N optimizer steps.")
-    add("--validation_height", type=number(int, 16), help="In pixels. Default: --resolution.")
-    add("--validation_width", type=number(int, 16), help="In pixels. Default: --resolution.")
-    add("--num_inference_steps", type=number(int, 1), default=40)
-    add("--guidance_scale", type=number(), default=4.5)
-    add("--skip_final_inference", action="store_true", help="No samples from the finished model.")
+    add("--num_validation_images", type=number(int, 0), default=4, help="With --validation_prompt: of each, or 0.")
+    add("--validation_steps", type=number(int, 1), default=500, help="With --validation_prompt: sample every N steps.")
+    add("--validation_height", type=number(int, 16), help="With --validation_prompt: pixels. Default: --resolution.")
+    add("--validation_width", type=number(int, 16), help="With --validation_prompt: pixels. Default: --resolution.")
+    add("--num_inference_steps", type=number(int, 1), default=40, help="With --validation_prompt: of each image.")
+    add("--guidance_scale", type=number(), default=4.5, help="With --validation_prompt: its guidance.")
+    add("--skip_final_inference", action="store_true", help="With --validation_prompt: not at the end.")
 
     add = parser.add_argument_group("logging and hub").add_argument
     add("--report_to", choices=["none", "all", *LOGGER_TYPE_TO_CLASS], default="tensorboard")
     add("--push_to_hub", action="store_true", help="Upload the result and its card.")
-    add("--hub_model_id", help="Repository to push to. Default: the name of --output_dir.")
-    add("--hub_private", action="store_true", help="Make it a private one, if it is new.")
+    add("--hub_model_id", help="With --push_to_hub: the repository. Default: the name of --output_dir.")
+    add("--hub_private", action="store_true", help="With --push_to_hub: a private one, if it is new.")
     add("--hub_token", help="Better: `hf auth login`, or the HF_TOKEN variable. Never written anywhere.")
 
     args = parser.parse_args(input_args)
@@ -328,8 +328,7 @@ def main(args):
         fail(f"{len(inspected)} images are fewer than one global batch of {global_batch_size}")
     if args.max_train_steps is None:
         args.max_train_steps = math.ceil(args.num_train_epochs * len(inspected) / global_batch_size)
-    rules = f" or --lr_step_rules {args.lr_step_rules} (want such as 1:10,0.1:20,0.01)"
-    with failing_with(f"--lr_scheduler {args.lr_scheduler}{rules if 'piece' in args.lr_scheduler else ''}"):
+    with failing_with(f"--lr_scheduler {args.lr_scheduler} or --lr_step_rules {args.lr_step_rules}"):
         rehearsal = make_lr_scheduler(args, torch.optim.SGD([torch.zeros(1)], lr=args.learning_rate))
         for step in (args.lr_warmup_steps, args.max_train_steps):
             rehearsal.lr_lambdas[0](step)
@@ -493,18 +492,21 @@ def main(args):
 # Arguments and errors
 def check_args(parser, args):
     """End with `parser`'s one line and code 2 where arguments that are each right do not go together."""
-    sources = ("dataset_name", "train_data_dir", "jsonl_path")
-    given = [f"--{flag}" for flag in sources if getattr(args, flag) is not None]
-    if len(given) != 1:
-        parser.error(f"give exactly one of --dataset_name, --train_data_dir and --jsonl_path (got {given or 'none'})")
+    for action in parser._actions:  # where a flag needs another, its help says so first, and nothing else does
+        for flag, value in re.findall(r"^With --(\w+) ?(\w*):", action.help or ""):
+            acts = getattr(args, flag) == value if value else getattr(args, flag) != parser.get_default(flag)
+            if not acts and getattr(args, action.dest) != action.default:
+                parser.error(f"{action.option_strings[0]} has no effect without --{f'{flag} {value}'.strip()}")
+    if sum(getattr(args, flag) is not None for flag in ("dataset_name", "train_data_dir", "jsonl_path")) != 1:
+        parser.error("give exactly one of --dataset_name, --train_data_dir and --jsonl_path")
     if (args.jsonl_path is None) != (args.image_dir is None):
         parser.error("--jsonl_path and --image_dir belong together: give both or none")
     for flag, kind in (("train_data_dir", "folder"), ("image_dir", "folder"), ("jsonl_path", "file")):
         path, is_there = getattr(args, flag), os.path.isdir if kind == "folder" else os.path.isfile
         if path is not None and not is_there(path):
             parser.error(f"--{flag} {path}: no such {kind}")
-    if args.lr_scheduler == "constant" and args.lr_warmup_steps > 0:
-        args.lr_scheduler = "constant_with_warmup"
+    if args.lr_warmup_steps > 0 and args.lr_scheduler in ("constant", "piecewise_constant"):
+        parser.error("--lr_warmup_steps has no effect without another --lr_scheduler: see constant_with_warmup")
     args.validation_height = args.validation_height or args.resolution
     args.validation_width = args.validation_width or args.resolution
     try:
@@ -513,7 +515,6 @@ def check_args(parser, args):
         parser.error(f"--aspect_ratio_buckets: {error}")
     if any(side % 16 for side in sides):
         parser.error("--resolution, --validation_ and every side of --aspect_ratio_buckets must be divisible by 16")
-
     optimizers = {"prodigyopt": args.optimizer == "prodigy", "bitsandbytes": args.use_8bit_adam}
     for package, wanted in (optimizers | {"torchao": args.full_bf16}).items():
         if wanted and importlib.util.find_spec(package) is None:

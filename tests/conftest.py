@@ -56,10 +56,10 @@ def run(pipeline, photos, tmp_path, monkeypatch):
             "--max_train_steps": 2,
             "--learning_rate": 1e-3,
             "--seed": 0,
-            "--num_inference_steps": 2,
-            "--num_validation_images": 1,
             "--report_to": "none",
         }
+        if "--validation_prompt" in arguments:
+            defaults |= {"--num_inference_steps": 2, "--num_validation_images": 1}
         if not {"--dataset_name", "--train_data_dir", "--jsonl_path"} & set(arguments):
             defaults["--train_data_dir"] = photos
         for flag, value in defaults.items():

@@ -569,7 +569,7 @@ def progress(k):
 
 
 SCHEDULES = {
-    "constant": ([], lambda k: min(1, k / WARMUP)),  # a warm-up acts with the default, too
+    "constant": (["--lr_warmup_steps", 0], lambda k: 1),
     "constant_with_warmup": ([], lambda k: min(1, k / WARMUP)),
     "linear": ([], lambda k: k / WARMUP if k < WARMUP else 1 - progress(k)),
     "cosine": ([], lambda k: k / WARMUP if k < WARMUP else (1 + math.cos(math.pi * progress(k))) / 2),
@@ -581,7 +581,10 @@ SCHEDULES = {
         ["--lr_power", 2],
         lambda k: k / WARMUP if k < WARMUP else (1 - 1e-6) * (1 - progress(k)) ** 2 + 1e-6,
     ),
-    "piecewise_constant": (["--lr_step_rules", "1:3,0.5:5,0.1"], lambda k: 1 if k < 3 else 0.5 if k < 5 else 0.1),
+    "piecewise_constant": (
+        ["--lr_warmup_steps", 0, "--lr_step_rules", "1:3,0.5:5,0.1"],
+        lambda k: 1 if k < 3 else 0.5 if k < 5 else 0.1,
+    ),
 }
 
 
@@ -651,7 +654,16 @@ def test_the_rate_of_prodigy(script, run, logged, caplog, tmp_path):
     assert "Prodigy multiplies" not in caplog.text
     run(script, "--optimizer", "prodigy", "--learning_rate", 1e-4, "--output_dir", tmp_path / "low")
     assert "Prodigy multiplies --learning_rate 0.0001 by what it finds; 1 is usual" in caplog.text
-    one = ("--max_train_steps", 1, "--lr_warmup_steps", 1, "--output_dir", tmp_path / "adamw")
+    one = (
+        "--max_train_steps",
+        1,
+        "--lr_warmup_steps",
+        1,
+        "--lr_scheduler",
+        "cosine",
+        "--output_dir",
+        tmp_path / "adamw",
+    )
     run(script, *one, omit=["--learning_rate"])
     assert "--lr_warmup_steps 1 outlasts the run of 1 steps" in caplog.text
     default = json.loads((tmp_path / "adamw" / "training_args.json").read_text())["learning_rate"]

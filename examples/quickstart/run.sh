@@ -54,7 +54,7 @@ train() {
         --output_dir "$out/$name" --cache_dir "$out/cache" --resolution 48 --center_crop --max_sequence_length 12 \
         --cache_latents --cache_prompt_embeds --cond_dropout_rate 0.1 --train_batch_size 16 --mixed_precision no \
         --lr_warmup_steps 50 --checkpointing_steps 200 --checkpoints_total_limit 1 --resume_from_checkpoint latest \
-        --skip_final_inference --report_to tensorboard --seed 0 "$@"
+        --report_to tensorboard --seed 0 "$@"
 }
 
 steps=600
