@@ -66,7 +66,7 @@ SHARED_FLAGS = """
     --pretrained_model_name_or_path --no_text_encoder_3 --mixed_precision --dataset_name --dataset_config_name
     --train_data_dir --jsonl_path --image_dir --image_column --caption_column --skip_bad_images --resolution
     --center_crop --use_aspect_ratio_buckets --aspect_ratio_buckets --max_sequence_length --offload
-    --dataloader_num_workers --output_dir --seed --num_inference_steps --guidance_scale
+    --dataloader_num_workers --output_dir --seed
 """.split()
 ROUNDING = 1e-10  # squared error that float32 itself may make on latents of about unit size: no ratio below it
 NORMAL_95 = 1.96  # standard errors on either side of the mean
@@ -87,6 +87,8 @@ def parse_args(input_args=None):
     add("--num_sigmas", type=script.number(int, 1), default=8, help="Noise levels, spread evenly over the grid.")
     add("--num_samples", type=script.number(int, 2), default=64, help="Images, drawn from the data set.")
     add("--batch_size", type=script.number(int, 1), default=4)
+    add("--num_inference_steps", type=script.number(int, 1), default=40, help="Of the grid that the steps are on.")
+    add("--guidance_scale", type=script.number(), default=4.5, help="Of the own steps.")
     own, rest = parser.parse_known_args(input_args)
     if unknown := [word for word in rest if word.startswith("--") and word.split("=")[0] not in SHARED_FLAGS]:
         parser.error(f"unknown arguments: {' '.join(unknown)}")

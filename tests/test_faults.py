@@ -55,8 +55,8 @@ def wait_for(condition, process, seconds=60):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
 def test_a_signal_ends_the_run_after_a_checkpoint(script, number, arguments, run, tmp_path):
     """Exit code 75, and the run that is started again ends with the bits of one that was left alone."""
-    if script == "train_sd3_sft" and number != signal.SIGTERM:
-        pytest.skip("one signal is enough for the script whose main is the same")
+    if script != "train_sd3_soar" and number != signal.SIGTERM:
+        pytest.skip("one signal is enough for the scripts whose main is the same")
     log, out = tmp_path / "log", tmp_path / "out"
     arguments += ["--max_train_steps", 30, "--checkpointing_steps", 1000]
     process = start(script, arguments, log)
@@ -638,7 +638,7 @@ def test_checkpoints_under_windows(arguments, run, monkeypatch, tmp_path):
 
 def test_workers_that_are_spawned(arguments, run, tmp_path):
     """As Windows and macOS start them: nothing that workers get depends on what their parent has in memory."""
-    more = ["--cache_latents", "--max_train_steps", "2", "--dataloader_num_workers", "1"]
+    more = ["--max_train_steps", "2", "--dataloader_num_workers", "1"]
     driver = (
         "import multiprocessing, runpy, sys\n"
         "multiprocessing.set_start_method('spawn')\n"

@@ -52,8 +52,8 @@ for line in sys.stdin:
         print(json.dumps(ended), flush=True)
     os._exit(0)
 """
-SHORT = """--resolution 32 --max_sequence_length 16 --train_batch_size 2 --max_train_steps 1 --seed 0 --report_to none
-    --num_inference_steps 2 --num_validation_images 1""".split()
+SHORT = "--resolution 32 --max_sequence_length 16 --train_batch_size 2 --max_train_steps 1 --seed 0".split()
+SHORT += ["--report_to", "none"]
 
 
 @pytest.fixture(scope="module")
@@ -217,7 +217,7 @@ def test_what_is_uploaded(script, hub, clients, pipeline, tmp_path):
     hub.add("someone/open", pipeline)
     flags = ("--push_to_hub", "--hub_token", "hf_known", "--hub_model_id", f"mine-{script}", "--cache_latents")
     flags += ("--validation_prompt", "a cat", "--checkpointing_steps", 1, "--report_to", "tensorboard")
-    flags += ("--hub_private",)
+    flags += ("--hub_private", "--num_inference_steps", 2, "--num_validation_images", 1)
     named = ("--push_to_hub", "--hub_token=hf_known", "--output_dir", tmp_path / f"named-{script}")
     ended, shown = clients((script, "someone/open", *flags), (script, "someone/open", *named), HF_TOKEN="hf_known")
     assert ended == ["", ""] and "hf_known" not in shown
