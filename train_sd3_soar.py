@@ -913,14 +913,7 @@ def read_folder(folder, image_column, caption_column, instance_prompt):
 
 
 def read_captions(value, where):
-    """The captions of an image: of a text, a list of texts, or an object with one in fields of the authors' format."""
-    if isinstance(value, str) and value.lstrip().startswith("{"):
-        with contextlib.suppress(ValueError):  # a caption may simply begin with a brace
-            value = json.loads(value)
-    if isinstance(value, dict):
-        fields = ("long_caption", "medium_caption", "short_caption", "text")
-        texts = (text for field in fields if (text := value.get(field)) and str(text).strip())
-        value = next(texts, "" if value.keys() & {*fields} else value)
+    """The captions of an image: a text or a list of texts, or none; of anything else one line says `where` it is."""
     values = value if isinstance(value, list) else [value] if value is not None else []
     if not all(isinstance(text, str | int | float) for text in values):
         fail(f"{where}: the caption is neither a text nor a list of texts: {str(value)[:200]}")
@@ -952,7 +945,14 @@ def read_jsonl(path, image_dir):
         image = next((file for file in candidates if os.path.isfile(file)), candidates[0])
         if len(record["md5"]) > 200 or not is_inside(image, image_dir):
             fail(f"{where}: `md5` {record['md5'][:200]!r} is no file name in --image_dir")
-        yield image, read_captions(record["caption_en"], where), height, width
+        if isinstance(value := record["caption_en"], str) and value.lstrip().startswith("{"):
+            with contextlib.suppress(ValueError):  # a caption may simply begin with a brace
+                value = json.loads(value)
+        if isinstance(value, dict):
+            fields = ("long_caption", "medium_caption", "short_caption", "text")
+            texts = (text for field in fields if (text := value.get(field)) and str(text).strip())
+            value = next(texts, "" if value.keys() & {*fields} else value)
+        yield image, read_captions(value, where), height, width
 
 
 def read_json_lines(path):
