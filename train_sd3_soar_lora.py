@@ -882,6 +882,8 @@ def make_lr_scheduler(args, optimizer, steps_done=0):
     """The learning rate's schedule, from optimizer step `steps_done` on."""
     options = {"step_rules": args.lr_step_rules, "num_cycles": args.lr_num_cycles, "power": args.lr_power}
     steps = {"num_warmup_steps": args.lr_warmup_steps, "num_training_steps": args.max_train_steps}
+    for group in optimizer.param_groups:  # what FSDP2 loads has lost it
+        group["initial_lr"] = args.learning_rate
     return get_scheduler(args.lr_scheduler, optimizer, **options, **steps, last_epoch=steps_done - 1)
 
 

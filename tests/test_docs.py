@@ -74,7 +74,7 @@ def test_flags_of_the_cards(tmp_path, monkeypatch):
     ]
     recipe = shlex.split(recipe.replace("my_images", str(tmp_path)))
     rows = re.findall(r"^\| \d+ GB \|[^|]*\|([^|]*)\|", readme, re.MULTILINE)
-    assert len(rows) == 4
+    assert len(rows) == 5
     for row in rows:
         changed, without = row.partition("without")[::2]
         module = importlib.import_module(match[0] if (match := re.search(r"train_\w+", changed)) else script)

@@ -9,14 +9,14 @@ Count and time optimizer steps of the training scripts, one configuration after 
         "sft --mixed_precision bf16 --cache_latents --cache_prompt_embeds"
 
 A configuration is a method (sft, soar, soar_lora, or reference: the authors' way to put the step together, see
-`reference_step.py`) and flags of its script. Data are random, weights are those of the pipeline; with random weights
-the times are the same.
+`reference_step.py`) and flags of its script. Data and weights are random, which changes no time; only encoders and a
+quantised model are read from the pipeline.
 
 Counted, on tensors without memory, so on any machine and for any size: floating-point operations of the transformer,
 as multiples of one forward, and the bytes alive at the peak of the step. The count knows no allocator, no workspace
 and no kernels; it is a lower bound of what a GPU uses. Timed, on the device that is there, CPU included: the step, its
 encoding where nothing is cached, and on a GPU the model-FLOP utilisation against a large matrix product's measured
-rate, and the peak memory.
+rate, the peak memory, and with --profile where the time of one more step goes, kernel by kernel.
 """
 
 import argparse
@@ -26,11 +26,13 @@ import importlib
 import json
 import os
 import platform
+import re
 import shlex
 import statistics
 import sys
 import time
 import weakref
+from collections import Counter
 from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
@@ -224,7 +226,7 @@ class Configuration:
 
     def count_once(self, operations=True):
         counter = FlopCounterMode(display=False)
-        with weights_from_configs(), torch.device("meta"):
+        with weights_from_configs(torch.device("meta")), torch.device("meta"):
             transformer = self.load(compile=False)
         with FakeTensorMode(allow_non_fake_inputs=True), cuda_autocast(), LiveBytes() as live:
             transformer.to_empty(device="cpu")
@@ -270,7 +272,7 @@ class Configuration:
             "one_forward": one.get_total_flops(),
         }
 
-    def measure(self, warmup, steps, model_operations, rate):
+    def measure(self, warmup, steps, model_operations, rate, profile=False):
         """The step on the device, in seconds; on a GPU also its peak memory in GiB."""
         accelerator = self.make_accelerator()
         device, cuda = accelerator.device, accelerator.device.type == "cuda"
@@ -281,21 +283,27 @@ class Configuration:
         if not self.args.cache_latents:
             vae = AutoencoderKL.from_pretrained(self.folder, subfolder="vae", use_safetensors=True)
             vae.requires_grad_(False).to("cpu" if self.args.offload else device)
-        transformer, optimizer, parameters = self.prepare(accelerator, self.load(self.args.torch_compile))
+        with contextlib.nullcontext() if self.nf4 else weights_from_configs(device):
+            transformer = self.load(self.args.torch_compile)
+        transformer, optimizer, parameters = self.prepare(accelerator, transformer)
         null_embeds = {name: tensor.to(device) for name, tensor in self.null_embeds().items()}
         length = self.args.max_sequence_length
         cpu_batch, seconds = self.make_batch(), []
-        for step in tqdm(range(warmup + steps), desc=self.text[:60], unit="step", leave=False):
-            if step == warmup and cuda:
-                torch.cuda.reset_peak_memory_stats()
-            synchronize(cuda)
-            started = time.perf_counter()
+
+        def take_step():
             batch = self.script.prepare_batch(dict(cpu_batch), null_embeds, vae, text_encoders, length, device)
             self.backward(accelerator, transformer, batch)
             accelerator.clip_grad_norm_(parameters, self.args.max_grad_norm)
             optimizer.step()
             optimizer.zero_grad()
             synchronize(cuda)
+
+        for step in tqdm(range(warmup + steps), desc=self.text[:60], unit="step", leave=False):
+            if step == warmup and cuda:
+                torch.cuda.reset_peak_memory_stats()
+            synchronize(cuda)
+            started = time.perf_counter()
+            take_step()
             seconds.append(time.perf_counter() - started)
         step = statistics.median(seconds[warmup:])
         result = {
@@ -306,15 +314,18 @@ class Configuration:
             "peak_allocated_gib": torch.cuda.max_memory_allocated() / GIB if cuda else None,
             "peak_reserved_gib": torch.cuda.max_memory_reserved() / GIB if cuda else None,
         }
+        if profile:
+            result["profile"] = profile_kernels(take_step)
         accelerator.free_memory()
         return result
 
 
-def weights_from_configs():
-    """Inside the block a transformer is made from its config, unquantised, instead of being read."""
+def weights_from_configs(device):
+    """Inside the block a transformer is made from its config on `device`, unquantised, instead of being read."""
 
     def from_pretrained(cls, folder, subfolder=None, dtype=torch.float32, **unused):
-        return cls.from_config(cls.load_config(folder, subfolder=subfolder)).to(dtype)
+        with device:
+            return cls.from_config(cls.load_config(folder, subfolder=subfolder)).to(dtype)
 
     return mock.patch.object(SD3Transformer2DModel, "from_pretrained", classmethod(from_pretrained))
 
@@ -327,6 +338,34 @@ def cuda_autocast():
         return original(x.float() if torch.is_autocast_enabled("cpu") else x, *inputs, **more)
 
     return mock.patch.object(torch.nn.functional, "layer_norm", layer_norm)
+
+
+# What a kernel of a GPU is for, by its name; the first that fits.
+KERNELS = {
+    "attention": "flash|fmha|attention|sdpa",
+    "matrix products": "gemm|nvjet|cutlass|xmma|wgmma|cublas|splitk",
+    "optimizer and gradient norm": "multi_tensor|adam|foreach|norm_lp|lpnorm",
+    "norms": "norm",
+    "copies and casts": "memcpy|memset|copy|cast",
+    "compiled, all else": "triton",
+    "other": "",
+}
+
+
+def profile_kernels(take_step):
+    """Seconds of one step by what its kernels are for, those that took longest, and when the GPU had nothing to do."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+        started = time.perf_counter()
+        take_step()
+        elapsed = time.perf_counter() - started
+    kinds, names = dict.fromkeys(KERNELS, 0.0), Counter()
+    for event in profiler.events():
+        if event.device_type == torch.autograd.DeviceType.CUDA and not event.is_user_annotation:
+            seconds = event.time_range.elapsed_us() / 1e6
+            kinds[next(kind for kind, words in KERNELS.items() if re.search(words, event.name.lower()))] += seconds
+            names[event.name[:120]] += seconds
+    idle = elapsed - sum(kinds.values())
+    return {"profiled_step_s": elapsed, "idle_s": idle, "kinds_s": kinds, "longest_s": dict(names.most_common(25))}
 
 
 def synchronize(cuda):
@@ -355,6 +394,10 @@ def main():
     parser.add_argument("configurations", nargs="+", help='Quoted, for example "soar --mixed_precision bf16".')
     parser.add_argument("--output", type=Path, required=True, help="JSON file; what is in it is not run again.")
     parser.add_argument("--count_only", action="store_true", help="Time nothing.")
+    parser.add_argument(
+        "--counted", type=Path, nargs="*", default=[], help="Earlier --output; what it has is not counted again."
+    )
+    parser.add_argument("--profile", action="store_true", help="On a GPU: list the kernels of one more step.")
     parser.add_argument("--warmup", type=int, default=3, help="Steps before the timed ones.")
     parser.add_argument("--steps", type=int, default=10, help="Timed steps; the median counts.")
     options = parser.parse_args()
@@ -386,13 +429,18 @@ def main():
     done = [result["configuration"] for result in document["results"]]
     configurations = [configuration for configuration in configurations if configuration.text not in done]
     options.output.parent.mkdir(parents=True, exist_ok=True)
+    counts = {}
+    for path in options.counted:
+        counts |= {result["configuration"]: result["counted"] for result in json.loads(path.read_text())["results"]}
     for configuration in tqdm(configurations, desc="Configurations"):
-        counted = configuration.count()
+        counted = counts.get(configuration.text.replace(" --torch_compile", "")) or configuration.count()
         measured = None
         if not options.count_only:
             model_operations = counted["model_tflop"] * TERA
             try:
-                measured = configuration.measure(options.warmup, options.steps, model_operations, rate)
+                measured = configuration.measure(
+                    options.warmup, options.steps, model_operations, rate, options.profile
+                )
             except torch.OutOfMemoryError:
                 measured = "out of memory"
             free_memory()  # else the next configuration is charged for this one

@@ -4,7 +4,7 @@ Tables and a picture of what `benchmark_step.py` and `run_capped.py` wrote.
 
     python examples/benchmark/report_benchmark.py examples/benchmark/results
 
-Prints Markdown; draws FOLDER/report.png, time against memory: measured where there are GPU figures, else counted.
+Prints Markdown; draws FOLDER/report.png, time against memory: measured where all of its points are, else counted.
 """
 
 import argparse
@@ -40,12 +40,12 @@ def on_gpu(document):
     return any(isinstance(m, dict) and m["peak_allocated_gib"] for m in (r["measured"] for r in document["results"]))
 
 
-def step_table(document):
-    """A row a configuration: what was counted, and what was timed on a GPU."""
+def step_table(document, on_gpu):
+    """A row a configuration: what was counted, and what was timed on a GPU, here or in `on_gpu`, by configuration."""
     rows = ["| configuration | forwards | TFLOP | peak, counted | step, utilisation, peak allocated and reserved |"]
     rows.append("| --- | --: | --: | --: | --- |")
     for result in document["results"]:
-        counted, measured = result["counted"], result["measured"]
+        counted, measured = result["counted"], result["measured"] or on_gpu.get(result["configuration"])
         cells = [
             f"`{short(result['configuration'])}`",
             f"{counted['forward_equivalents']:.1f}",
@@ -74,13 +74,28 @@ def ratio_table(document):
     return "\n".join(rows)
 
 
+def kernel_table(documents):
+    """A row a configuration: seconds of a step on the GPU, kind of kernel by kind, and the step by the clock."""
+    results = [r for document in documents for r in document["results"] if "profile" in (r["measured"] or ())]
+    if not results:
+        return ""
+    kinds = [*results[0]["measured"]["profile"]["kinds_s"]]
+    rows = [f"| configuration | {' | '.join(kinds)} | all kernels | step |", "| --- |" + " --: |" * (len(kinds) + 2)]
+    for result in results:
+        seconds = result["measured"]["profile"]["kinds_s"].values()
+        cells = " | ".join(f"{value:.3f}" for value in (*seconds, sum(seconds), result["measured"]["step_s"]))
+        rows.append(f"| `{short(result['configuration'])}` | {cells} |")
+    return "\n".join(rows)
+
+
 def run_table(documents):
     """A row a whole run under a memory limit."""
-    rows = ["| run | limit | peak allocated | peak reserved | seconds |", "| --- | --: | --: | --: | --: |"]
-    for document in documents:
-        cells = f"{document['limit_gib']:g} GiB | {document['peak_allocated_gib']:.2f} GiB | "
-        cells += f"{document['peak_reserved_gib']:.2f} GiB | {document['seconds']:.0f}"
-        rows.append(f"| `{document['run']}` | {cells} |")
+    rows = ["| run | limit | peak allocated | peak reserved |", "| --- | --: | --: | --: |"]
+    for document in sorted(documents, key=lambda document: (document["limit_gib"], document["peak_reserved_gib"])):
+        cells = f"{document['limit_gib']:g} GiB | {document['peak_allocated_gib']:.1f} GiB | "
+        cells += f"{document['peak_reserved_gib']:.1f} GiB"
+        run = document["run"].split(" --pretrained_model")[0]
+        rows.append(f"| `{short(run.replace('train_sd3_', '').replace('.py', ''))}` | {cells} |")
     return "\n".join(rows)
 
 
@@ -91,8 +106,8 @@ def draw(documents, path):
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    kind = "gpu" if any(name.startswith("gpu_") for name in documents) else "count"
     panels = {"batch 4, 512 px": ("step", "chunks"), "batch 1": ("small",)}
+    kind = "gpu" if all(f"gpu_{part}" in documents for parts in panels.values() for part in parts) else "count"
     colours = {"sft": "tab:green", "soar": "tab:blue", "soar_lora": "tab:purple", "reference": "tab:red"}
     figure, all_axes = plt.subplots(1, 2, figsize=(14, 6), layout="constrained")
     for axes, (title, parts) in zip(all_axes, panels.items(), strict=True):
@@ -126,12 +141,18 @@ def main():
         parser.error(f"{args.results} holds no results: run examples/benchmark/run.sh first")
     runs = [document for document in documents.values() if "run" in document]
     steps = {name: document for name, document in documents.items() if "results" in document}
+    measured = {r["configuration"]: r["measured"] for d in steps.values() if on_gpu(d) for r in d["results"]}
+    counted = {r["configuration"] for d in steps.values() if not on_gpu(d) for r in d["results"]}
     for name, document in steps.items():
-        print(f"{name}: {document['pipeline']}, {document['machine']['device']}\n")
-        if on_gpu(document) or not any(result["measured"] for result in document["results"]):
-            print(step_table(document) + "\n")
-        if any(result["measured"] and result["configuration"].startswith("sft") for result in document["results"]):
-            print(ratio_table(document) + "\n")
+        tables, gpu = [], on_gpu(document)
+        new = {result["configuration"] for result in document["results"]} - counted
+        if new if gpu else not any(result["measured"] for result in document["results"]):
+            tables.append(step_table(document, measured))
+        if not gpu and any(r["measured"] and r["configuration"].startswith("sft") for r in document["results"]):
+            tables.append(ratio_table(document))
+        for table in tables:
+            print(f"{name}: {document['pipeline']}, {document['machine']['device']}\n\n{table}\n")
+    print(kernel_table(steps.values()) + "\n")
     if runs:
         print(run_table(runs) + "\n")
     if not args.no_picture:

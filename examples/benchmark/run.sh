@@ -24,7 +24,7 @@ step=(
     "soar $bf16 $cached --full_bf16"
 )
 nf4=(--bnb_quantization_config_path examples/configs/nf4.json --use_8bit_adam)
-chunks=() cost=() small=()
+chunks=() cost=() small=() lora=("soar_lora $bf16 $cached")
 for chunk in 1 2 8 12 24; do chunks+=("soar $bf16 $cached --aux_batch_size $chunk"); done
 for paths in 1 2; do
     for length in 1 2 4 6 8; do
@@ -34,8 +34,8 @@ done
 for resolution in 512 1024; do
     for checkpointing in "" " --gradient_checkpointing"; do
         small+=("soar $one --full_bf16 --resolution $resolution$checkpointing")
-        lora="soar_lora $one --rank 32 --resolution $resolution$checkpointing"
-        small+=("$lora" "$lora ${nf4[*]}")
+        small_lora="soar_lora $one --rank 32 --resolution $resolution$checkpointing"
+        small+=("$small_lora" "$small_lora ${nf4[*]}")
     done
 done
 
@@ -47,10 +47,12 @@ benchmark() { # NAME PIPELINE FLAGS... -- CONFIGURATIONS...
 
 whole() { # NAME LIMIT_GIB SCRIPT RESOLUTION FLAGS...: the recipe of the README, every stage of it, on a smaller card
     [ -e "$results/run_$1.json" ] && return
+    while (($(jobs -rp | wc -l) >= ${WORKERS:-1})); do wait -n || failed=1; done
     python "$here/run_capped.py" "$2" --output "$results/run_$1.json" -- "$3" --resolution "$4" "${@:5}" $one --offload \
-        --pretrained_model_name_or_path outputs/medium --train_data_dir "outputs/scenes_$4" --max_train_steps 3 \
+        --pretrained_model_name_or_path outputs/medium --train_data_dir "outputs/world_$4/curated" --max_train_steps 3 \
         --validation_prompt "two red circles" --validation_steps 2 --num_validation_images 1 --num_inference_steps 4 \
-        --seed 0 --report_to none --output_dir "outputs/capped_$1" --overwrite_output_dir
+        --seed 0 --report_to none --output_dir "outputs/capped_$1" --overwrite_output_dir \
+        >"outputs/capped_$1.log" 2>&1 &
 }
 
 make() { # SIZE FLAGS...
@@ -60,7 +62,7 @@ make() { # SIZE FLAGS...
 case ${1:-} in
 count)
     make medium _configs
-    for part in step chunks cost small; do
+    for part in step chunks cost small lora; do
         declare -n list=$part
         benchmark "count_$part" outputs/medium_configs --count_only "${list[@]}"
     done
@@ -72,28 +74,34 @@ cpu)
         "reference --resolution 64" "soar $cached --resolution 64" "sft $cached --resolution 64" \
         "soar $cached --resolution 64 --gradient_checkpointing" "soar $cached --resolution 64 --torch_compile"
     ;;
-gpu)
+runs)
     make medium ""
-    compiled=("soar $bf16 $cached --torch_compile" "sft $bf16 $cached --torch_compile"
-        "soar $bf16 $cached --torch_compile --aux_batch_size 24"
-        "soar_lora $bf16 $cached --torch_compile" "soar_lora $bf16 $cached")
-    for part in step compiled chunks cost small; do
-        declare -n list=$part
-        benchmark "gpu_$part" outputs/medium "${list[@]}"
-    done
     for size in 512 1024; do
         [ -d "outputs/world_$size" ] ||
             python examples/miniature/world.py "outputs/world_$size" --noisy 8 --curated 8 --unseen 8 --size $size
     done
-    whole full_512 24 train_sd3_soar.py 512 --full_bf16
-    whole full_1024 24 train_sd3_soar.py 1024 --full_bf16 --gradient_checkpointing
-    whole lora_512 12 train_sd3_soar_lora.py 512
-    whole lora_1024 12 train_sd3_soar_lora.py 1024 --gradient_checkpointing
+    failed=0
     whole nf4_512 8 train_sd3_soar_lora.py 512 "${nf4[@]}"
+    whole lora_512 12 train_sd3_soar_lora.py 512
+    whole full_512 24 train_sd3_soar.py 512 --full_bf16
     whole nf4_1024 8 train_sd3_soar_lora.py 1024 "${nf4[@]}" --gradient_checkpointing
+    whole full_512_16 16 train_sd3_soar.py 512 --full_bf16 --gradient_checkpointing
+    whole lora_1024 12 train_sd3_soar_lora.py 1024 --gradient_checkpointing
+    whole full_1024 24 train_sd3_soar.py 1024 --full_bf16 --gradient_checkpointing
+    while (($(jobs -rp | wc -l))); do wait -n || failed=1; done
+    ((failed)) && tail -n 3 outputs/capped_*.log && exit 1
+    ;;
+gpu)
+    make medium ""
+    compiled=("soar $bf16 $cached --torch_compile" "sft $bf16 $cached --torch_compile"
+        "soar_lora $bf16 $cached --torch_compile")
+    for part in step lora compiled chunks cost small; do
+        declare -n list=$part
+        benchmark "gpu_$part" outputs/medium --profile --counted "$results"/count_*.json -- "${list[@]}"
+    done
     ;;
 *)
-    sed -n '3,10p' "$0"
+    sed -n '3,11p' "$0"
     exit 2
     ;;
 esac

@@ -28,9 +28,9 @@ def main():
     parser = argparse.ArgumentParser(description="Run a training script as if the GPU were smaller.")
     parser.add_argument("limit", type=float, help="Memory of the card to imitate, in GiB.")
     parser.add_argument("--output", type=Path, required=True, help="JSON file to write.")
-    parser.add_argument("command", nargs=argparse.REMAINDER, help="-- SCRIPT FLAGS")
+    parser.add_argument("command", nargs="+", metavar="-- SCRIPT FLAGS", help="What to run.")
     args = parser.parse_args()
-    script, *flags = args.command[args.command[:1] == ["--"] :] or [""]
+    script, *flags = args.command
     if not Path(script).is_file():
         parser.error(f"{script!r} is no script: give -- SCRIPT FLAGS")
     if not torch.cuda.is_available():
