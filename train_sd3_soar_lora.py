@@ -76,6 +76,7 @@ from PIL import Image, ImageCms, ImageOps, PngImagePlugin
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch.distributed.tensor import distribute_tensor
+from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer
 
@@ -86,24 +87,25 @@ logging.disable(logging.NOTSET)
 logger = get_logger(__name__)
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY  # generated pictures carry their workflow with them
 
-# Flags that may differ when a run is resumed: they do not change what is trained, or what they name is compared by its
-# content. All others may not. (The end of a schedule may not move either, see `check_resume`.)
+# Flags, and versions, that may differ when a run is resumed: they do not change what is trained, or what they name is
+# compared by its content. All others may not. (The end of a schedule may not move either, see `check_resume`.)
 FREE_ON_RESUME = """
-    aux_batch_size cache_dir cache_prompt_embeds caption_column checkpointing_steps checkpoints_total_limit
-    dataloader_num_workers dataset_config_name dataset_name gradient_accumulation_steps gradient_checkpointing
-    guidance_scale hub_model_id hub_private hub_token image_column image_dir instance_prompt jsonl_path
-    max_skipped_steps max_train_samples max_train_steps min_image_side num_inference_steps num_train_epochs
-    num_validation_images offload offload_ema output_dir overwrite_output_dir push_to_hub report_to
-    resume_from_checkpoint save_dtype skip_bad_images skip_final_inference torch_compile train_data_dir
-    validation_height validation_prompt validation_steps validation_width
+    accelerate allow_resume_changes aux_batch_size cache_dir cache_prompt_embeds caption_column checkpointing_steps
+    checkpoints_total_limit dataloader_num_workers dataset_config_name dataset_name diffusers
+    gradient_accumulation_steps gradient_checkpointing guidance_scale hub_model_id hub_private hub_token
+    image_column image_dir instance_prompt jsonl_path max_skipped_steps max_train_samples max_train_steps
+    min_image_side num_inference_steps num_train_epochs num_validation_images offload offload_ema output_dir
+    overwrite_output_dir push_to_hub report_to resume_from_checkpoint save_dtype skip_bad_images
+    skip_final_inference torch torch_compile train_data_dir transformers validation_height validation_prompt
+    validation_steps validation_width
 """.split()
+KEPT_ON_RESUME = "adam_|full_bf16|lora|optimizer|prodigy_|rank|transformer|use_8bit|use_dora|use_ema"
 
 
 def parse_args(input_args=None):
     """Command line of this script; prints one line and exits with code 2 on a mistake. The groups are the manual."""
-    parser = argparse.ArgumentParser(
-        description=__doc__.strip().split("\n")[0], usage="%(prog)s ARGUMENTS, see --help", allow_abbrev=False
-    )
+    about = {"description": __doc__.strip().split("\n")[0], "usage": "%(prog)s ARGUMENTS, see --help"}
+    parser = argparse.ArgumentParser(**about, allow_abbrev=False)
 
     add = parser.add_argument_group("model").add_argument
     add("--pretrained_model_name_or_path", required=True, help="Hub id or folder of an SD3 / SD3.5 pipeline.")
@@ -202,6 +204,7 @@ def parse_args(input_args=None):
     add("--checkpointing_steps", type=number(int, 1), default=500, help="Save the whole state every N steps.")
     add("--checkpoints_total_limit", type=number(int, 1), help="Keep the newest N checkpoints.")
     add("--resume_from_checkpoint", help="A checkpoint folder, or `latest`: the newest, if there is one.")
+    add("--allow_resume_changes", help="With --resume_from_checkpoint: names of flags that may differ.")
     add("--save_dtype", choices=["bf16", "fp16", "fp32"], help="Of the result. Default: bf16; fp32 where trained so.")
 
     add = parser.add_argument_group("validation").add_argument
@@ -326,7 +329,7 @@ def main(args):
     model_dir = model_config["folder"]
     checkpoint, saved_state = run_on_main(accelerator, find_checkpoint, args)
     if args.seed is None:
-        seed = saved_state["arguments"]["seed"] if checkpoint else random.getrandbits(31)
+        seed = saved_state["compared"]["seed"] if checkpoint else random.getrandbits(31)
         args.seed = run_on_main(accelerator, lambda: seed)
     logger.info(f"Seed {args.seed}, {accelerator.num_processes} processes, global batch {global_batch_size}")
     if args.report_to != "none":
@@ -348,6 +351,7 @@ def main(args):
     trainer_state = make_trainer_state(args, global_batch_size, inspected)
     if checkpoint:
         run_on_main(accelerator, check_resume, checkpoint, saved_state, trainer_state)
+    run_on_main(accelerator, check_room, args, model_config["trained"], saved_state["step"])
 
     # Encoders and caches
     run_on_each(accelerator, download_model, args, model_dir)
@@ -409,11 +413,6 @@ def main(args):
     if accelerator.is_main_process and args.overwrite_output_dir and not args.resume_from_checkpoint:
         for path in old_results(args.output_dir):  # only now that everything has loaded and nothing can be wrong
             shutil.rmtree(path) if path.is_dir() else path.unlink()
-    epochs = args.max_train_steps * global_batch_size / len(inspected)
-    logger.info(
-        f"{sum(p.numel() for p in parameters):,} trained parameters, {args.max_train_steps} steps, {epochs:.1f} epochs"
-    )
-    logger.info(f"Checkpoints and the result: {args.output_dir}; caches: {args.cache_dir}")
 
     # Training
     validating = args.validation_prompt and args.num_validation_images > 0
@@ -494,7 +493,7 @@ def main(args):
             samples = log_validation(args, accelerator, transformer, vae, model_dir, prompt_embeds, global_step)
     if accelerator.is_main_process:
         with optional("The model card, or its upload with the result,"):
-            publish(args, samples)
+            publish(args, samples, trainer_state["changes"])
     accelerator.wait_for_everyone()
     with optional("Logging"):
         accelerator.end_training()
@@ -526,6 +525,9 @@ def check_args(parser, args):
         parser.error(f"--aspect_ratio_buckets: {error}")
     if any(side % 16 for side in sides):
         parser.error("--resolution, --validation_ and every side of --aspect_ratio_buckets must be divisible by 16")
+    for name in re.findall(r"\w+", args.allow_resume_changes or ""):
+        if name not in {*vars(args), "data", "global_batch_size"} or re.match(KEPT_ON_RESUME, name):
+            parser.error(f"--allow_resume_changes {name}: no such flag, or one that a checkpoint keeps as it was")
     optimizers = {"prodigyopt": args.optimizer == "prodigy", "bitsandbytes": args.use_8bit_adam}
     for package, wanted in (optimizers | {"torchao": args.full_bf16}).items():
         if wanted and importlib.util.find_spec(package) is None:
@@ -551,9 +553,9 @@ def number(kind=float, low=-math.inf, high=math.inf):
 
     def parse(text):
         value = kind(text)
-        if not (low <= value <= high and math.isfinite(value)):
-            raise argparse.ArgumentTypeError(f"must be a finite number from {low} to {high}, got {text}")
-        return value
+        if low <= value <= high and math.isfinite(value):
+            return value
+        raise argparse.ArgumentTypeError(f"must be a finite number from {low} to {high}, got {text}")
 
     parse.__name__ = kind.__name__  # argparse names the type when `kind` itself refuses the text
     return parse
@@ -632,21 +634,17 @@ def run_on_each(accelerator, function, *inputs):
 # Setup
 def make_accelerator(args):
     """The `Accelerator`, and the logs; refuses what the launcher's configuration and the arguments cannot do both."""
+    options = {name: getattr(args, name) for name in ("mixed_precision", "gradient_accumulation_steps")}
+    options["log_with"] = None if args.report_to == "none" else args.report_to
+    folders = accelerate.utils.ProjectConfiguration(args.output_dir, os.path.join(args.output_dir, "logs"))
+    handlers = [
+        # SD3.5's position table is a buffer of 0.9 GB that never changes: do not send it at every forward.
+        accelerate.utils.DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
+        # Others wait while the main process checks the images; a process that dies is ended by its launcher.
+        accelerate.utils.InitProcessGroupKwargs(timeout=datetime.timedelta(hours=12)),
+    ]
     with failing_with("--mixed_precision"):
-        accelerator = Accelerator(
-            mixed_precision=args.mixed_precision,
-            gradient_accumulation_steps=args.gradient_accumulation_steps,
-            log_with=None if args.report_to == "none" else args.report_to,
-            project_config=accelerate.utils.ProjectConfiguration(
-                args.output_dir, os.path.join(args.output_dir, "logs")
-            ),
-            kwargs_handlers=[
-                # SD3.5's position table is a buffer of 0.9 GB that never changes: do not send it at every forward.
-                accelerate.utils.DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
-                # Others wait while the main process checks the images; a process that dies is ended by its launcher.
-                accelerate.utils.InitProcessGroupKwargs(timeout=datetime.timedelta(hours=12)),
-            ],
-        )
+        accelerator = Accelerator(**options, project_config=folders, kwargs_handlers=handlers)
     deepspeed = accelerator.state.deepspeed_plugin
     if deepspeed is not None:  # it would read this from a prepared data loader
         deepspeed.deepspeed_config["train_micro_batch_size_per_gpu"] = args.train_batch_size
@@ -711,10 +709,10 @@ def check_model(args):
             "max_side": patch * transformer["pos_embed_max_size"],
             "joint_attention_dim": dim,
             "embeds_size": dim * (77 + args.max_sequence_length) + transformer["pooled_projection_dim"],
+            "trained": sum(trained_layers(args, transformer).values()),
         }
     if scheduler.get("use_dynamic_shifting"):
         fail(f"{name}: its scheduler uses dynamic shifting; these scripts need a constant `shift`, as SD3.5 has")
-    trained_layers(args, transformer)
     for side in {args.validation_height, args.validation_width}.union(*training_sizes(args)):
         check_side(side, model_config, "--resolution, --validation_ or --aspect_ratio_buckets")
     return model_config
@@ -737,7 +735,7 @@ def download_model(args, model_dir):
 
 
 def trained_layers(args, config):
-    """Names of the layers that get a LoRA. Refuses names that the model does not have, and a wrong quantisation."""
+    """The LoRA's layers, and how many parameters each has. Refuses what the model has not, and wrong quantisations."""
     if args.lora and (args.rank != 32 or args.lora_alpha or args.lora_dropout or args.lora_layers or args.lora_blocks):
         fail(f"--lora {args.lora} has a rank, an alpha and layers: leave out --rank and all --lora_ flags")
     if args.bnb_quantization_config_path:
@@ -750,18 +748,21 @@ def trained_layers(args, config):
             fail(f"{what}: bitsandbytes quantises on a GPU, and there is none")
     with torch.device("meta"):
         skeleton = SD3Transformer2DModel.from_config(config, pos_embed_max_size=config["sample_size"])
-    layers = [n for n, module in skeleton.named_modules() if isinstance(module, torch.nn.Linear | torch.nn.Conv2d)]
-    if args.lora_blocks:
-        blocks = tuple(f"transformer_blocks.{block.strip()}." for block in args.lora_blocks.split(","))
-        if missing := [block for block in blocks if not any(name.startswith(block) for name in layers)]:
-            fail(f"--lora_blocks {args.lora_blocks}: this model has no {missing[0].rstrip('.')}")
-        layers = [name for name in layers if name.startswith(blocks)]
-    if not args.lora_layers:
-        return [name for name in layers if ".attn" in name]  # SD3.5-Medium has a second one, attn2, in half the blocks
-    wanted = tuple(f".{layer.strip()}" for layer in args.lora_layers.split(","))
-    if missing := [end for end in wanted if not any(f".{name}".endswith(end) for name in layers)]:
-        fail(f"--lora_layers {args.lora_layers}: no layer of these blocks is called {missing[0].lstrip('.')}")
-    return [name for name in layers if f".{name}".endswith(wanted)]
+    kinds = torch.nn.Linear | torch.nn.Conv2d
+    layers = {f".{name}": module.weight for name, module in skeleton.named_modules() if isinstance(module, kinds)}
+    # By default all attention layers: SD3.5-Medium has a second attention, attn2, in half the blocks.
+    for flag, form, default in (
+        ("blocks", r"\.transformer_blocks\.{}\..*", ".*"),
+        ("layers", r".*\.{}", r".*\.attn.*"),
+    ):
+        text = getattr(args, f"lora_{flag}") or ""
+        words = [word.strip() for word in text.split(",") if word.strip()]
+        forms = [form.format(re.escape(word)) for word in words] or [default]
+        for word, form in zip(words, forms, strict=False):
+            if not any(re.fullmatch(form, name) for name in layers):
+                fail(f"--lora_{flag} {text}: this model, or these blocks of it, have none that is called {word}")
+        layers = {name: weight for name, weight in layers.items() if re.fullmatch("|".join(forms), name)}
+    return {name[1:]: args.rank * (w[0].numel() + len(w)) + args.use_dora * len(w) for name, w in layers.items()}
 
 
 def load_transformer(args, model_dir, weight_dtype, checkpoint=None):
@@ -770,32 +771,22 @@ def load_transformer(args, model_dir, weight_dtype, checkpoint=None):
     from `checkpoint`, which [`save_transformer`] wrote, where there is one.
     """
     bits = args.bnb_quantization_config_path
-    quantization_config = bits and diffusers.BitsAndBytesConfig(**json.loads(Path(bits).read_text()))
-    transformer = SD3Transformer2DModel.from_pretrained(
-        args.transformer or model_dir,
-        subfolder="transformer",
-        variant=None if args.transformer else args.variant,
-        dtype=weight_dtype,
-        quantization_config=quantization_config,
-        use_safetensors=True,
-    ).requires_grad_(False)
+    options = {"subfolder": "transformer", "dtype": weight_dtype, "use_safetensors": True}
+    options["variant"] = None if args.transformer else args.variant
+    options["quantization_config"] = bits and diffusers.BitsAndBytesConfig(**json.loads(Path(bits).read_text()))
+    transformer = SD3Transformer2DModel.from_pretrained(args.transformer or model_dir, **options).requires_grad_(False)
     torch.manual_seed(args.seed)
     if started := checkpoint or args.lora:  # its file says what layers and ranks it has
         source = {"weight_name": "pytorch_lora_weights.safetensors", "return_lora_metadata": True}
         state, metadata = StableDiffusion3Pipeline.lora_state_dict(started, **source)
         transformer.load_lora_adapter(state, adapter_name="default", metadata=metadata)
         if not getattr(transformer, "peft_config", None):  # diffusers only logs it
-            raise ValueError(f"--lora {args.lora} holds nothing for the transformer")
+            raise ValueError(f"{started} holds nothing for the transformer")
     else:
-        lora_config = LoraConfig(
-            r=args.rank,
-            lora_alpha=args.rank if args.lora_alpha is None else args.lora_alpha,
-            lora_dropout=args.lora_dropout,
-            init_lora_weights="gaussian",
-            target_modules=trained_layers(args, transformer.config),
-            use_dora=args.use_dora,
-        )
-        transformer.add_adapter(lora_config)
+        options = {"lora_dropout": args.lora_dropout, "use_dora": args.use_dora, "init_lora_weights": "gaussian"}
+        alpha, layers = args.lora_alpha, [*trained_layers(args, transformer.config)]
+        alpha = args.rank if alpha is None else alpha
+        transformer.add_adapter(LoraConfig(r=args.rank, lora_alpha=alpha, target_modules=layers, **options))
     training_utils.cast_training_params(transformer)
     if started:  # once more, for it took the type of the base on its way
         set_peft_model_state_dict(transformer, {name.removeprefix("transformer."): t for name, t in state.items()})
@@ -1066,9 +1057,7 @@ def inspect_images(args, model_config, rows):
 
     heights, widths = rows["height"], rows["width"]
     buckets = training_sizes(args)
-    loader = torch.utils.data.DataLoader(
-        rows["image"], batch_size=None, collate_fn=inspect_image, num_workers=args.dataloader_num_workers
-    )
+    loader = DataLoader(rows["image"], None, num_workers=args.dataloader_num_workers, collate_fn=inspect_image)
     inspected, notes, scales = [], Counter(), []
     for row, found in enumerate(tqdm(loader, desc="Checking images", unit="image")):
         name = found["name"] or f"image {row} of the data set"
@@ -1164,7 +1153,7 @@ def decode_image(data):
     return image
 
 
-class TrainingImages(torch.utils.data.Dataset):
+class TrainingImages(Dataset):
     """
     The samples. A key is `(index, position)`, where `position` counts samples from the start of the run: whatever is
     random about a sample depends on the seed and on its position, so no worker, process or restart changes it.
@@ -1286,7 +1275,7 @@ def make_dataloader(args, accelerator, train_dataset, first_step):
     start = first_step * args.gradient_accumulation_steps * processes
     place = {"start": start, "process_index": accelerator.process_index, "num_processes": processes}
     sampler = BucketBatchSampler(sizes, args.train_batch_size, args.seed, **place)
-    return torch.utils.data.DataLoader(
+    return DataLoader(
         train_dataset,
         batch_sampler=sampler,
         collate_fn=collate,
@@ -1434,10 +1423,8 @@ def plan_caches(args, train_dataset, model_config, weight_dtype, prompts):
     moments = pixels // model_config["vae_scale_factor"] ** 2 * 2 * model_config["latent_channels"]
     needed = moments * torch.float32.itemsize + len(missing[1]) * model_config["embeds_size"] * weight_dtype.itemsize
     free = shutil.disk_usage(args.cache_dir).free
-    logger.info(
-        f"Caches in {args.cache_dir}: {len(missing[0])} of {len(latents)} latents and {len(missing[1])} of "
-        f"{len(embeds)} prompt embeddings are missing and take {needed / 2**30:.2f} GiB."
-    )
+    what = f"{len(missing[0])} of {len(latents)} latents and {len(missing[1])} of {len(embeds)} prompt embeddings"
+    logger.info(f"Caches in {args.cache_dir}: {what} are missing and take {needed / 2**30:.2f} GiB.")
     if needed > free:
         fail(f"--cache_dir {args.cache_dir}: {needed / 2**30:.1f} GiB to write, {free / 2**30:.1f} GiB free")
     return missing
@@ -1450,9 +1437,8 @@ def build_caches(args, accelerator, train_dataset, model_dir, model_config, vae,
     latents, embeds = (part[accelerator.process_index :: accelerator.num_processes] for part in missing)
     progress = functools.partial(tqdm, disable=not accelerator.is_main_process)
     if latents:
-        loader = torch.utils.data.DataLoader(
-            latents, batch_size=None, collate_fn=train_dataset.load_for_cache, num_workers=args.dataloader_num_workers
-        )
+        workers = args.dataloader_num_workers
+        loader = DataLoader(latents, None, num_workers=workers, collate_fn=train_dataset.load_for_cache)
         with training_utils.offload_models(vae, device=device):
             for path, pixels in progress(loader, desc="Caching latents", unit="image"):
                 save_whole({"moments": encode_images(vae, pixels[None], device)[0]}, path)
@@ -1552,33 +1538,44 @@ def writing(folder, what):
 
 
 def make_trainer_state(args, global_batch_size, inspected):
-    """What a checkpoint remembers of its run, to be compared when it is resumed."""
-    captions = [item["captions"][0] if len(item["captions"]) == 1 else item["captions"] for item in inspected]
-    contents = [[item["digest"], item["size"], texts] for item, texts in zip(inspected, captions, strict=True)]
-    return {
-        "script": Path(__file__).name,
-        "global_batch_size": global_batch_size,
-        "data": hashlib.sha256(json.dumps(contents).encode()).hexdigest(),
-        "arguments": json.loads(json.dumps(vars(args))),
-        "versions": {name: version(name) for name in ("accelerate", "diffusers", "torch", "transformers")},
-    }
+    """What a checkpoint remembers of its run: what is `compared` when it is resumed, and the `changes` on the way."""
+    contents = json.dumps([[item["digest"], item["size"], item["captions"]] for item in inspected])
+    compared = json.loads(json.dumps(vars(args))) | {"global_batch_size": global_batch_size}
+    compared |= {"data": hashlib.sha256(contents.encode()).hexdigest()}
+    compared |= {name: version(name) for name in ("accelerate", "diffusers", "torch", "transformers")}
+    return {"script": Path(__file__).name, "compared": compared, "changes": []}
 
 
 def check_resume(checkpoint, before, now):
-    """End with an error where a difference from the run of `checkpoint` changes the result; note the others."""
-    old, new = before["arguments"], now["arguments"]
-    differences = {f"--{name}": (old.get(name), new[name]) for name in new if old.get(name) != new[name]}
-    differences |= {key: (before[key], now[key]) for key in ("global_batch_size", "data") if before[key] != now[key]}
-    versions = before["versions"]
-    differences |= {k: (versions.get(k), v) for k, v in now["versions"].items() if versions.get(k) != v}
-    free = {f"--{name}" for name in FREE_ON_RESUME} | set(now["versions"])
+    """End with an error where a difference changes the result and --allow_resume_changes lacks it; note the others."""
+    old, new, free = before["compared"], now["compared"], {*FREE_ON_RESUME}
     if new["lr_scheduler"] not in ("constant", "constant_with_warmup", "piecewise_constant"):
-        free -= {"--max_train_steps"}  # the schedule ends there
-    told = {name: f"{name} was {was} there and is {value} now" for name, (was, value) in differences.items()}
+        free -= {"max_train_steps"}  # the schedule ends there
+    told = {k: f"{k} was {old.get(k)} there and is {v} now" for k, v in new.items() if old.get(k) != v}
+    named = re.findall(r"\w+", new["allow_resume_changes"] or "")
+    changes = [told.pop(name) for name in [*told] if name in named and name not in free]
     if refused := [text for name, text in told.items() if name not in free]:
-        fail(f"--resume_from_checkpoint {checkpoint} is of another run: {'; '.join(refused)}")
+        way = "What is meant to differ can be named in --allow_resume_changes"
+        fail(f"--resume_from_checkpoint {checkpoint} is of another run: {'; '.join(refused)}. {way}")
+    now["changes"] = before["changes"] + [f"From step {before['step']} on: {text}." for text in changes]
+    if changes:
+        logger.warning(f"Resuming with changes that change the result: {'; '.join(changes)}")
     if told:
         logger.info(f"Resuming with changes that do not change the result: {'; '.join(told.values())}")
+
+
+def check_room(args, trained, step):
+    """End where the disk has no room for what a run of `trained` parameters writes after optimizer step `step`."""
+    state = 16 if args.optimizer == "prodigy" else 2 if args.use_8bit_adam or args.full_bf16 else 8
+    size = trained * ((2 if args.full_bf16 else 4) + state + 4 * args.use_ema)
+    number = args.max_train_steps // args.checkpointing_steps - step // args.checkpointing_steps
+    if args.checkpoints_total_limit:  # one more while it is written
+        number = min(number, max(1, args.checkpoints_total_limit + 1 - len(checkpoints(args.output_dir))))
+    needed, free = (number * size + 4 * trained) / 2**30, shutil.disk_usage(args.output_dir).free / 2**30
+    what = f"{number} checkpoints of {size / 2**30:.1f} GiB and the result, {needed:.1f} GiB, in {args.output_dir}"
+    logger.info(f"{what}; {free:.1f} GiB are free. Caches: {args.cache_dir}")
+    if needed > free:
+        fail(f"no room for {what}: {free:.1f} GiB are free. See --checkpoints_total_limit")
 
 
 def save_checkpoint(accelerator, ema, trainer_state, output_dir, total_limit):
@@ -1594,8 +1591,9 @@ def save_checkpoint(accelerator, ema, trainer_state, output_dir, total_limit):
     accelerator.wait_for_everyone()
     with writing(unfinished, str(folder)):
         accelerator.save_state(unfinished)
-        shadow = {str(i): t for i, t in enumerate(ema.shadow_params)} if ema else {}
-        shadow = {i: t.full_tensor() if hasattr(t, "full_tensor") else t for i, t in shadow.items()}
+        shadow = {
+            str(i): getattr(t, "full_tensor", t.detach)() for i, t in enumerate(ema.shadow_params if ema else ())
+        }
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
             if ema is not None:
@@ -1659,6 +1657,7 @@ def log_validation(args, accelerator, transformer, vae, model_dir, prompt_embeds
         `dict[str, list[PIL.Image.Image]]`: the images of each prompt, on every process; none where it failed.
     """
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler.from_pretrained(model_dir, subfolder="scheduler")
+    options = {name: getattr(args, name) for name in ("num_inference_steps", "guidance_scale", "max_sequence_length")}
     unwrapped = accelerator.unwrap_model(transformer)
     pipeline = StableDiffusion3Pipeline(unwrapped, scheduler, vae, **dict.fromkeys(TEXT_PARTS))
     pipeline.set_progress_bar_config(disable=True)
@@ -1685,11 +1684,9 @@ def log_validation(args, accelerator, transformer, vae, model_dir, prompt_embeds
             image = pipeline(
                 **inputs(prompt),
                 **{f"negative_{name}": tensor for name, tensor in inputs("").items()},
+                **options,
                 height=args.validation_height,
                 width=args.validation_width,
-                num_inference_steps=args.num_inference_steps,
-                guidance_scale=args.guidance_scale,
-                max_sequence_length=args.max_sequence_length,
                 generator=torch.Generator().manual_seed(args.seed + i),
                 callback_on_step_end=stop_sampling,
             ).images[0]
@@ -1735,8 +1732,8 @@ def save_result(args, accelerator, transformer):
         logger.info(f"Saved the result in {output}")
 
 
-def publish(args, images):
-    """Write the model card, with the `images` of [`log_validation`]; upload it with the result if asked to."""
+def publish(args, images, changes):
+    """Write the model card, with what [`log_validation`] and [`check_resume`] found; upload all where asked to."""
     output, rows, usage = Path(args.output_dir), [], USAGE
     for number, (prompt, samples) in enumerate(images.items()):
         files = {f"samples/{number}-{i}.png": image for i, image in enumerate(samples)}
@@ -1770,6 +1767,7 @@ def publish(args, images):
         f"prompt = {next(iter(images), 'a prompt')!r}\n"
         f"image = pipeline(prompt, max_sequence_length={args.max_sequence_length}).images[0]\n```",
         f"## Command\n\n```bash\naccelerate launch {Path(__file__).name} {command}\n```",
+        *changes,
         f"## Settings\n\n```json\n{(output / 'training_args.json').read_text()}\n```\n",
     ]
     huggingface_hub.ModelCard("\n\n".join(card)).save(output / "README.md")

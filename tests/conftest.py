@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
 from harness import ROOT, reset_accelerate, write_photos
 
 
@@ -72,6 +73,14 @@ def run(pipeline, photos, tmp_path, monkeypatch):
         return Path(arguments[arguments.index("--output_dir") + 1])
 
     return run_script
+
+
+@pytest.fixture
+def logged(monkeypatch):
+    """What the runs of a test log, a dictionary a step."""
+    values = []
+    monkeypatch.setattr(Accelerator, "log", lambda self, logs, step: values.append(logs | {"step": step}))
+    return values
 
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")

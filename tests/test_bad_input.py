@@ -143,6 +143,12 @@ def test_exactly_one_data_source(script, sources, capsys):
         (["--jsonl_path", __file__, "--image_dir", "nowhere"], ["--image_dir nowhere", "no such folder"]),
         (["--jsonl_path", __file__], ["--jsonl_path and --image_dir"]),
         (["--image_dir", "."], ["--image_dir has no effect without --jsonl_path"]),
+        (
+            ["--allow_resume_changes", "seed"],
+            ["no effect without --resume_from_checkpoint"],
+        ),
+        (["--resume_from_checkpoint", "latest", "--allow_resume_changes", "seed,sed"], ["sed: no such flag"]),
+        (["--resume_from_checkpoint", "latest", "--allow_resume_changes", "use_ema"], ["use_ema", "keeps as it was"]),
         (["--resolution", "40"], ["--resolution", "divisible by 16"]),
         (["--resolution", "0"], ["--resolution", "from 16"]),
         (["--aspect_ratio_buckets", "32,40"], ["--aspect_ratio_buckets", "divisible by 16"]),
@@ -597,8 +603,9 @@ def test_folder_that_cannot_be_written(flag, path, refuse, tmp_path):
 
 def test_cache_that_does_not_fit(refuse, photos, tmp_path, monkeypatch):
     """Before any work: nothing is encoded, nothing is written."""
-    usage = shutil.disk_usage(tmp_path)._replace(free=1000)
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    usage = shutil.disk_usage
+    full = usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: full if Path(path) == tmp_path / "cache" else usage(path))
     for part in ("encode", "decode"):
         monkeypatch.setattr(AutoencoderKL, part, lambda *_, **__: pytest.fail("an image was encoded"))
     monkeypatch.setattr(StableDiffusion3Pipeline, "encode_prompt", lambda *_, **__: pytest.fail("encoded"))

@@ -9,6 +9,7 @@ import os
 import random
 import re
 import resource
+import shutil
 import signal
 import struct
 import subprocess
@@ -24,7 +25,7 @@ import pytest
 import torch
 from accelerate import Accelerator, PartialState
 from diffusers import SD3Transformer2DModel
-from harness import PHOTOS, ROOT, SCRIPTS, equal, finish, start, start_two
+from harness import PHOTOS, ROOT, SCRIPTS, equal, finish, start, start_two, weights
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -244,8 +245,8 @@ def test_latest_starts_from_the_beginning_where_there_is_none(run, caplog):
 # What a checkpoint is compared on
 
 CHANGES = [  # that each flag is compared, `test_flags.py` shows
-    (["--seed", 1], "checkpoint-1 is of another run: --seed was 0 there and is 1 now"),
-    (["--lambda_aux", 0.5], "--lambda_aux was 1.0 there and is 0.5 now"),
+    (["--seed", 1], "checkpoint-1 is of another run: seed was 0 there and is 1 now"),
+    (["--lambda_aux", 0.5], "lambda_aux was 1.0 there and is 0.5 now"),
     (["--gradient_accumulation_steps", 2], "global_batch_size was 2 there and is 4 now"),
     (["--max_train_samples", 6], "data was"),
 ]
@@ -279,8 +280,63 @@ def test_a_checkpoint_of_another_script_is_refused(begun, run):
 def test_the_end_of_a_schedule_may_not_move(run, tmp_path):
     arguments = ("train_sd3_soar", "--lr_scheduler", "linear", "--checkpointing_steps", 1)
     out = run(*arguments, "--max_train_steps", 1)
-    with pytest.raises(SystemExit, match="--max_train_steps was 1 there and is 3 now"):
+    with pytest.raises(SystemExit, match="max_train_steps was 1 there and is 3 now"):
         run(*arguments, "--max_train_steps", 3, "--output_dir", out, "--resume_from_checkpoint", "latest")
+
+
+def test_changes_that_are_meant(begun, run, logged, tmp_path, caplog):
+    """What --allow_resume_changes names acts, and is told by the log, by later checkpoints and by the model card."""
+    out = Path(shutil.copytree(begun, tmp_path / "out"))
+    again = ("train_sd3_soar", "--output_dir", out, "--resume_from_checkpoint", "latest", "--checkpointing_steps", 2)
+    slower = ("--max_train_steps", 2, "--learning_rate", 5e-4)
+    changed = "learning_rate was 0.001 there and is 0.0005 now"
+    with pytest.raises(SystemExit, match=f"{changed}. What is meant to differ can be named in --allow_resume_changes"):
+        run(*again, *slower)
+    run(*again, *slower, "--allow_resume_changes", "learning_rate")
+    assert f"Resuming with changes that change the result: {changed}" in caplog.text
+    linear = ("--max_train_steps", 5, "--learning_rate", 5e-4, "--lr_scheduler", "linear")
+    run(*again, *linear, "--allow_resume_changes", "lr_scheduler, max_train_steps")
+    assert [values["lr"] for values in logged] == pytest.approx([5e-4, 3e-4, 2e-4, 1e-4])
+    card = (out / "README.md").read_text()
+    for text in (
+        f"From step 1 on: {changed}.",
+        "From step 2 on: lr_scheduler was constant there and is linear now.",
+        "From step 2 on: max_train_steps was 2 there and is 5 now.",
+    ):
+        assert f"\n\n{text}\n\n" in card
+
+
+@pytest.mark.parametrize(
+    ("script", "flags"),
+    [
+        ("train_sd3_sft", []),
+        ("train_sd3_sft", ["--use_ema"]),
+        ("train_sd3_sft", ["--optimizer", "prodigy"]),
+        ("train_sd3_soar_lora", ["--use_dora", "--lora_layers", "attn.to_q,pos_embed.proj"]),
+    ],
+)
+def test_room_for_the_checkpoints(script, flags, run, monkeypatch, caplog, tmp_path):
+    """
+    The estimate is their size, but for files' headers and SD3's table of positions, a thirtieth; a disk with less is
+    refused before anything loads.
+    """
+    arguments = [script, *flags, "--checkpointing_steps", 1, "--max_train_steps", 3, "--checkpoints_total_limit", 1]
+    with caplog.at_level("INFO"):
+        out = run(*arguments)
+    assert re.search(r"2 checkpoints of .* GiB and the result, .* GiB, in .* GiB are free", caplog.text)
+    tensors = [item for file in (out / "checkpoint-3").rglob("*.safetensors") for item in load_file(file).items()]
+    size = sum(tensor.numel() * tensor.itemsize for name, tensor in tensors if name != "pos_embed.pos_embed")
+    state = torch.load(out / "checkpoint-3" / "optimizer.bin", weights_only=True)["state"]
+    size += sum(t.numel() * t.itemsize for s in state.values() for t in s.values() if torch.is_tensor(t) and t.ndim)
+    result = sum(tensor.numel() for name, tensor in weights(out).items() if name != "pos_embed.pos_embed")
+    needed = 2 * size + 4 * result
+    usage = shutil.disk_usage(tmp_path)
+    arguments += ["--output_dir", tmp_path / "again"]
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=needed - 1))
+    with pytest.raises(SystemExit, match="^error: no room for 2 checkpoints of .*See --checkpoints_total_limit"):
+        run(*arguments)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=needed))
+    run(*arguments)
 
 
 # Numbers
