@@ -5,7 +5,8 @@ The SOAR method as pure tensor functions: no model, no randomness, no state.
 
 Convention of the SD3 paper: `sigma = 1` is noise and `sigma = 0` is data; the model predicts the velocity
 `noise - latents`. `u` is the noise level before the resolution shift. Every function computes and returns float32,
-whatever it is given; sigmas keep the shape `(B,)` and are broadcast inside the formula.
+whatever it is given. Shapes `(B, ...)` are any that begin with the batch: latents, packed ones, videos; sigmas keep
+the shape `(B,)` and are broadcast inside the formula.
 
 Source: SOAR, arXiv 2604.12617; rectified flow and the shift, arXiv 2403.03206; Flow-GRPO, arXiv 2505.05470.
 """
@@ -115,12 +116,12 @@ def add_noise(latents, noise, sigma):
     State of the ideal straight path at noise level `sigma`: `(1 - sigma) * latents + sigma * noise`.
 
     Args:
-        latents (`torch.Tensor` of shape `(B, C, H, W)`): Clean latents, in scaled latent units.
-        noise (`torch.Tensor` of shape `(B, C, H, W)`): Noise endpoint of the path, unit variance.
+        latents (`torch.Tensor` of shape `(B, ...)`): Clean latents, in scaled latent units.
+        noise (`torch.Tensor` of shape `(B, ...)`): Noise endpoint of the path, unit variance.
         sigma (`torch.Tensor` of shape `(B,)`): Noise level in [0, 1].
 
     Returns:
-        `torch.Tensor` of shape `(B, C, H, W)`, float32.
+        `torch.Tensor` of shape `(B, ...)`, float32.
 
     Raises:
         `ValueError`: If shapes disagree.
@@ -137,12 +138,12 @@ def apply_guidance(velocity_cond, velocity_uncond, guidance_scale):
     Classifier-free guidance: `velocity_uncond + guidance_scale * (velocity_cond - velocity_uncond)`.
 
     Args:
-        velocity_cond (`torch.Tensor` of shape `(B, C, H, W)`): Velocity under the caption.
-        velocity_uncond (`torch.Tensor` of shape `(B, C, H, W)`): Velocity under the empty caption.
+        velocity_cond (`torch.Tensor` of shape `(B, ...)`): Velocity under the caption.
+        velocity_uncond (`torch.Tensor` of shape `(B, ...)`): Velocity under the empty caption.
         guidance_scale (`float`): 1 gives the conditional velocity.
 
     Returns:
-        `torch.Tensor` of shape `(B, C, H, W)`, float32.
+        `torch.Tensor` of shape `(B, ...)`, float32.
 
     Raises:
         `ValueError`: If shapes disagree.
@@ -159,18 +160,18 @@ def rollout_step(noisy_latents, velocity, sigma, sigma_next, mode="ode", noise_s
     One sampling step of the model from `sigma` down to `sigma_next`: the off-trajectory state that SOAR corrects.
 
     Args:
-        noisy_latents (`torch.Tensor` of shape `(B, C, H, W)`): State at `sigma`, in scaled latent units.
-        velocity (`torch.Tensor` of shape `(B, C, H, W)`): Guided velocity predicted at that state.
+        noisy_latents (`torch.Tensor` of shape `(B, ...)`): State at `sigma`, in scaled latent units.
+        velocity (`torch.Tensor` of shape `(B, ...)`): Guided velocity predicted at that state.
         sigma (`torch.Tensor` of shape `(B,)`): Noise level of the state, in (0, 1].
         sigma_next (`torch.Tensor` of shape `(B,)`): Noise level after the step, at most `sigma`.
         mode (`str`): `"ode"` (Euler), or one of the stochastic steps: `"simple"` (Euler-Maruyama with constant
             noise), `"sde"` (the predicted data, noised afresh), `"flow_sde"` (Flow-GRPO's SDE with the marginals of
             the ODE) or `"cps"` (coefficients-preserving sampling).
         noise_scale (`float`): Strength of the stochastic part; unused by `"ode"` and `"sde"`.
-        step_noise (`torch.Tensor` of shape `(B, C, H, W)`, *optional*): Fresh unit noise of a stochastic step.
+        step_noise (`torch.Tensor` of shape `(B, ...)`, *optional*): Fresh unit noise of a stochastic step.
 
     Returns:
-        `torch.Tensor` of shape `(B, C, H, W)`, float32: state at `sigma_next`.
+        `torch.Tensor` of shape `(B, ...)`, float32: state at `sigma_next`.
 
     Raises:
         `ValueError`: If shapes disagree, `mode` is unknown, or a stochastic step is given no `step_noise`.
@@ -209,13 +210,13 @@ def renoise(rollout_latents, noise, sigma_next, sigma_aux):
     Move a rollout state from `sigma_next` up to `sigma_aux`, on the straight line to the same noise endpoint.
 
     Args:
-        rollout_latents (`torch.Tensor` of shape `(B, C, H, W)`): State at `sigma_next`, in scaled latent units.
-        noise (`torch.Tensor` of shape `(B, C, H, W)`): The noise endpoint of the path that the rollout left.
+        rollout_latents (`torch.Tensor` of shape `(B, ...)`): State at `sigma_next`, in scaled latent units.
+        noise (`torch.Tensor` of shape `(B, ...)`): The noise endpoint of the path that the rollout left.
         sigma_next (`torch.Tensor` of shape `(B,)`): Noise level in [0, 1).
         sigma_aux (`torch.Tensor` of shape `(B,)`): Noise level in [`sigma_next`, 1].
 
     Returns:
-        `torch.Tensor` of shape `(B, C, H, W)`, float32: `aux_latents`.
+        `torch.Tensor` of shape `(B, ...)`, float32: `aux_latents`.
 
     Raises:
         `ValueError`: If shapes disagree.
@@ -233,12 +234,12 @@ def correction_target(aux_latents, latents, sigma_aux):
     Velocity whose straight path from `aux_latents` ends at `latents`: `(aux_latents - latents) / sigma_aux`.
 
     Args:
-        aux_latents (`torch.Tensor` of shape `(B, C, H, W)`): State at noise level `sigma_aux`, in scaled latent units.
-        latents (`torch.Tensor` of shape `(B, C, H, W)`): Clean latents, same units.
+        aux_latents (`torch.Tensor` of shape `(B, ...)`): State at noise level `sigma_aux`, in scaled latent units.
+        latents (`torch.Tensor` of shape `(B, ...)`): Clean latents, same units.
         sigma_aux (`torch.Tensor` of shape `(B,)`): Noise level in (0, 1].
 
     Returns:
-        `torch.Tensor` of shape `(B, C, H, W)`, float32.
+        `torch.Tensor` of shape `(B, ...)`, float32.
 
     Raises:
         `ValueError`: If shapes disagree.
@@ -255,8 +256,8 @@ def flow_matching_loss(velocity_pred, target, weighting=None):
     Mean squared error of each sample's velocity, weighted.
 
     Args:
-        velocity_pred (`torch.Tensor` of shape `(B, C, H, W)`): Predicted velocity.
-        target (`torch.Tensor` of shape `(B, C, H, W)`): Velocity to regress to.
+        velocity_pred (`torch.Tensor` of shape `(B, ...)`): Predicted velocity.
+        target (`torch.Tensor` of shape `(B, ...)`): Velocity to regress to.
         weighting (`torch.Tensor` of shape `(B,)`, *optional*): Weight of each sample.
 
     Returns:

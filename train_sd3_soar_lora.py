@@ -92,12 +92,11 @@ PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY  # generated pict
 FREE_ON_RESUME = """
     accelerate allow_resume_changes aux_batch_size cache_dir cache_prompt_embeds caption_column checkpointing_steps
     checkpoints_total_limit dataloader_num_workers dataset_config_name dataset_name diffusers
-    gradient_accumulation_steps gradient_checkpointing guidance_scale hub_model_id hub_private hub_token
-    image_column image_dir instance_prompt jsonl_path max_skipped_steps max_train_samples max_train_steps
-    min_image_side num_inference_steps num_train_epochs num_validation_images offload offload_ema output_dir
-    overwrite_output_dir push_to_hub report_to resume_from_checkpoint save_dtype skip_bad_images
-    skip_final_inference torch torch_compile train_data_dir transformers validation_height validation_prompt
-    validation_steps validation_width
+    gradient_accumulation_steps gradient_checkpointing guidance_scale hub_model_id hub_private hub_token image_column
+    image_dir instance_prompt jsonl_path max_skipped_steps max_train_samples max_train_steps min_image_side
+    num_inference_steps num_train_epochs num_validation_images offload offload_ema output_dir overwrite_output_dir
+    push_to_hub report_to resume_from_checkpoint save_dtype skip_bad_images skip_final_inference torch torch_compile
+    train_data_dir transformers validation_height validation_prompt validation_steps validation_width
 """.split()
 KEPT_ON_RESUME = "adam_|full_bf16|lora|optimizer|prodigy_|rank|transformer|use_8bit|use_dora|use_ema"
 
@@ -413,6 +412,9 @@ def main(args):
     if accelerator.is_main_process and args.overwrite_output_dir and not args.resume_from_checkpoint:
         for path in old_results(args.output_dir):  # only now that everything has loaded and nothing can be wrong
             shutil.rmtree(path) if path.is_dir() else path.unlink()
+    epochs = args.max_train_steps * global_batch_size / len(inspected)
+    trained = sum(parameter.numel() for parameter in parameters)
+    logger.info(f"{trained:,} trained parameters, {args.max_train_steps} steps, {epochs:.1f} epochs")
 
     # Training
     validating = args.validation_prompt and args.num_validation_images > 0
@@ -1197,7 +1199,7 @@ class TrainingImages(Dataset):
     def embeds_path(self, caption):
         return cache_path(self.args.cache_dir, "prompt_embeds", caption, self.encoder_digests["text"])
 
-    def load_for_cache(self, item):
+    def load(self, item):
         path, (index, flip) = item
         return path, self.pixels(index, *self.crop(index), flip)
 
@@ -1437,8 +1439,7 @@ def build_caches(args, accelerator, train_dataset, model_dir, model_config, vae,
     latents, embeds = (part[accelerator.process_index :: accelerator.num_processes] for part in missing)
     progress = functools.partial(tqdm, disable=not accelerator.is_main_process)
     if latents:
-        workers = args.dataloader_num_workers
-        loader = DataLoader(latents, None, num_workers=workers, collate_fn=train_dataset.load_for_cache)
+        loader = DataLoader(latents, None, num_workers=args.dataloader_num_workers, collate_fn=train_dataset.load)
         with training_utils.offload_models(vae, device=device):
             for path, pixels in progress(loader, desc="Caching latents", unit="image"):
                 save_whole({"moments": encode_images(vae, pixels[None], device)[0]}, path)
@@ -1558,10 +1559,9 @@ def check_resume(checkpoint, before, now):
         way = "What is meant to differ can be named in --allow_resume_changes"
         fail(f"--resume_from_checkpoint {checkpoint} is of another run: {'; '.join(refused)}. {way}")
     now["changes"] = before["changes"] + [f"From step {before['step']} on: {text}." for text in changes]
-    if changes:
-        logger.warning(f"Resuming with changes that change the result: {'; '.join(changes)}")
-    if told:
-        logger.info(f"Resuming with changes that do not change the result: {'; '.join(told.values())}")
+    for effect, texts in (("change", changes), ("do not change", told.values())):
+        if texts:
+            logger.info(f"Resuming with changes that {effect} the result: {'; '.join(texts)}")
 
 
 def check_room(args, trained, step):

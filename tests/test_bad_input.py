@@ -264,13 +264,14 @@ def test_a_start_is_quiet(pipeline, photos, tmp_path):
         r"Seed \d+, 1 processes, global batch 4",
         r"8 images, 0 dropped; sizes \{'96x96': 8\}\.",
         r"8 images are smaller than they are trained at: enlarged up to [\d.]+ x\.",
+        rf"0 checkpoints of 0\.0 GiB and the result, 0\.0 GiB, in {tmp_path}/out; [\d.]+ GiB are free\. "
+        rf"Caches: {tmp_path}/cache",
         r"0 of 8 captions are longer than the 77 tokens that CLIP reads\.",
         r"\d of 8 captions are longer than the 16 tokens that T5 reads\.",
         r"[\d,]+ trained parameters, 1 steps, 0\.5 epochs",
-        rf"Checkpoints and the result: {tmp_path}/out; caches: {tmp_path}/cache",
         rf"Saved the result in {tmp_path}/out",
     ]
-    assert len(said) == len(expected), said
+    assert len(said) == len(expected), "\n".join(said)
     assert all(re.fullmatch(pattern, line) for pattern, line in zip(expected, said, strict=True)), said
 
 

@@ -242,6 +242,15 @@ def test_float32_results_for_bfloat16_inputs(state, name):
     assert torch.equal(result, CALLS[name](*(tensor.float() for tensor in inputs)))
 
 
+@pytest.mark.parametrize("name", CALLS)
+def test_any_shape_that_begins_with_the_batch(state, name):
+    """Packed latents give the packed result, bit for bit; a loss but for the order of its sum."""
+    a, b, s, r = (state[key] for key in ("latents", "noise", "sigma", "sigma_next"))
+    for shape in ((len(a), -1), (len(a), 2, -1), (len(a), 1, *a.shape[1:])):
+        result, expected = CALLS[name](a.reshape(shape), b.reshape(shape), s, r), CALLS[name](a, b, s, r)
+        assert torch.allclose(result, expected.reshape(result.shape), rtol=1e-6, atol=0)
+
+
 @pytest.mark.parametrize("name", SCHEDULE)
 def test_float32_schedule_for_bfloat16_inputs(name):
     sigma = torch.tensor([0.1, 0.5, 0.9]).bfloat16()
