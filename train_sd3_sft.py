@@ -837,7 +837,7 @@ def read_folder(folder, image_column, caption_column, instance_prompt):
         fail(f"--train_data_dir {folder} has {metadata[0].name} and captions in .txt files: remove one of them")
     if any(re.match(r"\d+_", path.parent.name) for path in images):
         logger.info(f"Folder names in {folder}, such as 10_name, mean nothing here: every image comes once an epoch.")
-    listed = 0
+    listed, root = 0, os.path.realpath(folder)
     for path in metadata:
         for where, record in (read_csv if path.suffix == ".csv" else read_json_lines)(path):
             listed += 1
@@ -846,7 +846,7 @@ def read_folder(folder, image_column, caption_column, instance_prompt):
                     fail(f"--{flag} {column}: {where} has {', '.join(record)}; give the one that is meant")
             image = path.parent / str(record[image_column])
             image = there.get(unicodedata.normalize("NFC", str(image)), image)
-            if not is_inside(image, folder):
+            if not is_inside(image, root):
                 fail(f"{where}: {record[image_column]!r} leads out of --train_data_dir")
             yield image, read_captions(record.get(caption_column), where), 0, 0
     if metadata and len(images) > listed:
@@ -858,7 +858,7 @@ def read_folder(folder, image_column, caption_column, instance_prompt):
                 caption = " ".join(texts[image].read_text("utf-8-sig").split("\n")).strip()
         if caption is None:
             fail(f"{image} has no caption: write {image.stem}.txt beside it, or give --instance_prompt for all such")
-        if not is_inside(image, folder):
+        if not is_inside(image, root):
             fail(f"{image} leads out of --train_data_dir")
         yield image, [caption], 0, 0
 
@@ -923,10 +923,10 @@ def read_json_lines(path):
             yield where, record
 
 
-def is_inside(path, folder):
-    """Whether a path leads to a place inside of `folder`, whatever `..` and links are on its way."""
+def is_inside(path, root):
+    """Whether a path leads to a place inside of `root`, a real path, whatever `..` and links are on its way."""
     try:
-        return Path(path).resolve().is_relative_to(Path(folder).resolve())
+        return os.path.realpath(path).startswith(os.path.join(root, ""))
     except ValueError:  # a null character
         return False
 
@@ -945,7 +945,7 @@ def inspect_images(args, model_config, rows):
     if empty:
         logger.warning(f"{empty} of {len(rows)} captions are empty: those images train the unconditional model.")
 
-    heights, widths = rows["height"], rows["width"]
+    heights, widths = rows["height"][:], rows["width"][:]
     buckets = training_sizes(args)
     loader = DataLoader(rows["image"], None, num_workers=args.dataloader_num_workers, collate_fn=inspect_image)
     inspected, notes, scales = [], Counter(), []

@@ -17,9 +17,7 @@ Train a LoRA, or a QLoRA on a quantised base, for a Stable Diffusion 3 / 3.5 tra
         --mixed_precision bf16 --gradient_checkpointing --train_batch_size 1 --gradient_accumulation_steps 4 \
         --learning_rate 1e-4 --max_train_steps 2000 --validation_prompt "a photo of two clocks" --output_dir sd35-lora
 
-Plain fine-tuning trains the model on ideal noised images, but sampling feeds it its own earlier predictions. SOAR lets
-the model take one guided sampling step from the ideal state, adds noise to the state it lands on, and trains it to
-steer from there back to the clean image. This script differs from `train_sd3_soar.py` in what is trained and saved.
+It differs from `train_sd3_soar.py`, which says what SOAR is, in what is trained and saved.
 
 Needs `soar_utils.py` beside it, nothing else. Sources: arXiv 2604.12617 (SOAR), 2106.09685 (LoRA), 2305.14314 (QLoRA).
 """
@@ -757,12 +755,11 @@ def trained_layers(args, config):
         ("blocks", r"\.transformer_blocks\.{}\..*", ".*"),
         ("layers", r".*\.{}", r".*\.attn.*"),
     ):
-        text = getattr(args, f"lora_{flag}") or ""
-        words = [word.strip() for word in text.split(",") if word.strip()]
+        words = re.findall(r"[^,\s]+", getattr(args, f"lora_{flag}") or "")
         forms = [form.format(re.escape(word)) for word in words] or [default]
         for word, form in zip(words, forms, strict=False):
             if not any(re.fullmatch(form, name) for name in layers):
-                fail(f"--lora_{flag} {text}: this model, or these blocks of it, have none that is called {word}")
+                fail(f"--lora_{flag} {','.join(words)}: this model, or these blocks of it, have no {word}")
         layers = {name: weight for name, weight in layers.items() if re.fullmatch("|".join(forms), name)}
     return {name[1:]: args.rank * (w[0].numel() + len(w)) + args.use_dora * len(w) for name, w in layers.items()}
 
@@ -949,7 +946,7 @@ def read_folder(folder, image_column, caption_column, instance_prompt):
         fail(f"--train_data_dir {folder} has {metadata[0].name} and captions in .txt files: remove one of them")
     if any(re.match(r"\d+_", path.parent.name) for path in images):
         logger.info(f"Folder names in {folder}, such as 10_name, mean nothing here: every image comes once an epoch.")
-    listed = 0
+    listed, root = 0, os.path.realpath(folder)
     for path in metadata:
         for where, record in (read_csv if path.suffix == ".csv" else read_json_lines)(path):
             listed += 1
@@ -958,7 +955,7 @@ def read_folder(folder, image_column, caption_column, instance_prompt):
                     fail(f"--{flag} {column}: {where} has {', '.join(record)}; give the one that is meant")
             image = path.parent / str(record[image_column])
             image = there.get(unicodedata.normalize("NFC", str(image)), image)
-            if not is_inside(image, folder):
+            if not is_inside(image, root):
                 fail(f"{where}: {record[image_column]!r} leads out of --train_data_dir")
             yield image, read_captions(record.get(caption_column), where), 0, 0
     if metadata and len(images) > listed:
@@ -970,7 +967,7 @@ def read_folder(folder, image_column, caption_column, instance_prompt):
                 caption = " ".join(texts[image].read_text("utf-8-sig").split("\n")).strip()
         if caption is None:
             fail(f"{image} has no caption: write {image.stem}.txt beside it, or give --instance_prompt for all such")
-        if not is_inside(image, folder):
+        if not is_inside(image, root):
             fail(f"{image} leads out of --train_data_dir")
         yield image, [caption], 0, 0
 
@@ -1035,10 +1032,10 @@ def read_json_lines(path):
             yield where, record
 
 
-def is_inside(path, folder):
-    """Whether a path leads to a place inside of `folder`, whatever `..` and links are on its way."""
+def is_inside(path, root):
+    """Whether a path leads to a place inside of `root`, a real path, whatever `..` and links are on its way."""
     try:
-        return Path(path).resolve().is_relative_to(Path(folder).resolve())
+        return os.path.realpath(path).startswith(os.path.join(root, ""))
     except ValueError:  # a null character
         return False
 
@@ -1057,7 +1054,7 @@ def inspect_images(args, model_config, rows):
     if empty:
         logger.warning(f"{empty} of {len(rows)} captions are empty: those images train the unconditional model.")
 
-    heights, widths = rows["height"], rows["width"]
+    heights, widths = rows["height"][:], rows["width"][:]
     buckets = training_sizes(args)
     loader = DataLoader(rows["image"], None, num_workers=args.dataloader_num_workers, collate_fn=inspect_image)
     inspected, notes, scales = [], Counter(), []

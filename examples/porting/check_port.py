@@ -189,6 +189,9 @@ def run_script(path, flags, answer=None):
             velocity = Graph.apply(run, velocity, *trained)
         return give(velocity.to(states.dtype))
 
+    def asked_by(adapter):
+        return lambda module, *inputs, **named: forward(adapter, module, *inputs, **named)
+
     def count_backward(accelerator, loss, **options):
         run.losses.append(loss.item())
         backward(accelerator, loss, **options)
@@ -212,8 +215,7 @@ def run_script(path, flags, answer=None):
             stack.enter_context(mock.patch.object(torch, "randn", fixed_randn))
             stack.enter_context(mock.patch.object(torch, "randn_like", fixed_randn_like))
             for model, adapter in ADAPTERS.items():
-                fake = (lambda adapter: lambda module, *a, **k: forward(adapter, module, *a, **k))(adapter)
-                stack.enter_context(mock.patch.object(model, "forward", fake))
+                stack.enter_context(mock.patch.object(model, "forward", asked_by(adapter)))
         stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
         stack.enter_context(contextlib.redirect_stderr(io.StringIO()))
         logging.disable(logging.CRITICAL)
