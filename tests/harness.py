@@ -11,8 +11,10 @@ import logging
 import multiprocessing
 import os
 import random
+import runpy
 import signal
 import socket
+import subprocess
 import sys
 import time
 from dataclasses import dataclass, field
@@ -142,6 +144,26 @@ def start(script, arguments, log, environment=(), setup=lambda: None):
     process = multiprocessing.get_context("fork").Process(target=target)
     process.start()
     return process
+
+
+def run_forked(command, stdout, stderr, env, cwd):
+    """`subprocess.run` of a Python script, in a fork of this process, which has imported most of it already."""
+
+    def target():
+        os.environ.clear()
+        os.environ.update(env)
+        os.chdir(cwd)
+        torch.set_num_threads(1)
+        sys.stdout = sys.stderr = open(stdout.fileno(), "w", buffering=1, closefd=False)
+        reset_accelerate()
+        sys.argv = [str(word) for word in command[1:]]
+        sys.path.insert(0, str(Path(sys.argv[0]).parent))
+        runpy.run_path(sys.argv[0], run_name="__main__")
+
+    process = multiprocessing.get_context("fork").Process(target=target)
+    process.start()
+    process.join()
+    return subprocess.CompletedProcess(command, process.exitcode)
 
 
 def start_two(script, arguments, log, setup=lambda: None):

@@ -10,8 +10,10 @@ from contextlib import nullcontext
 from functools import partial
 from types import SimpleNamespace
 
+import benchmark_step
 import pytest
 import reference_step
+import startup
 import torch
 from accelerate import Accelerator
 from benchmark_step import Configuration, LiveBytes, cuda_autocast
@@ -19,6 +21,7 @@ from diffusers import SD3Transformer2DModel
 from harness import ROOT
 from torch._subclasses.fake_tensor import DataDependentOutputException
 
+import train_sd3_sft
 import train_sd3_soar
 
 
@@ -254,12 +257,38 @@ def test_benchmark_and_report(pipeline, tmp_path):
         (["PIPELINE", "reference --aux_batch_size 2"], "the reference step does not know --aux_batch_size"),
     ],
 )
-def test_benchmark_of_nothing(arguments, message, pipeline, tmp_path):
+def test_benchmark_of_nothing(arguments, message, pipeline, tmp_path, monkeypatch, capsys):
     arguments = [str(pipeline) if a == "PIPELINE" else a for a in arguments]
-    command = [sys.executable, str(BENCHMARK / "benchmark_step.py"), *arguments, "--output", str(tmp_path / "a.json")]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode != 0 and message in done.stderr and "Traceback" not in done.stderr
+    monkeypatch.setattr(sys, "argv", ["benchmark_step.py", *arguments, "--output", str(tmp_path / "a.json")])
+    with pytest.raises(SystemExit) as error:
+        benchmark_step.main()
+    assert error.value.code and message in f"{error.value.code}{capsys.readouterr().err}"
     assert not (tmp_path / "a.json").exists()
+
+
+@pytest.mark.parametrize("kind", ["folder", "jsonl", "datasets"])
+def test_data_for_the_start(kind, pipeline, tmp_path):
+    """Pictures that all differ, with captions, as each of the scripts' sources; made once."""
+    flags = startup.make_data(kind, tmp_path, 3, 16)
+    args = train_sd3_sft.parse_args(["--pretrained_model_name_or_path", str(pipeline), *flags])
+    rows = train_sd3_sft.load_images(args)
+    assert rows["captions"][:] == [[f"picture number {i} of 3"] for i in range(3)]
+    assert len({train_sd3_sft.inspect_image(image)["digest"] for image in rows["image"]}) == 3
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    assert startup.make_data(kind, tmp_path, 3, 16) == flags
+    assert before == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+
+
+def test_report_of_the_start():
+    """The cost of a further image is the slope between the fewest and the most."""
+    results = [
+        {"kind": "folder", "images": images, "cache_files_per_image": 2}
+        | {start: {"seconds": 10 + cost * images, "gib": 1 + images / 2**20} for start, cost in costs.items()}
+        for images in (3000, 1000)
+        for costs in [{"first": 0.01, "second": 0.001, "resumed": 0.002}]
+    ]
+    row = "| folder | 1,000 to 3,000 | 10.00 ms | 1.00 ms | 2.00 ms | 1.0 KiB | 2.00 |"
+    assert startup.report(results).endswith(row)
 
 
 def test_the_tables_are_those_of_the_results():

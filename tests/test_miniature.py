@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import evaluate
 import experiment
@@ -19,7 +20,7 @@ import train_control
 import words
 import world
 from diffusers import training_utils
-from harness import ROOT
+from harness import ROOT, run_forked
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -199,8 +200,9 @@ def test_sigma_mixture_is_soars(monkeypatch):
     assert abs(sigma.mean() - base.mean()) > 0.05  # and is another one than SFT's
 
 
-def test_from_scenes_to_the_table(tmp_path):
+def test_from_scenes_to_the_table(tmp_path, monkeypatch):
     """Two arms, a few steps each, by the scripts' command lines; the table has them and a second call runs nothing."""
+    monkeypatch.setattr(experiment, "subprocess", SimpleNamespace(run=run_forked, STDOUT=subprocess.STDOUT))
     out, results = tmp_path / "out", tmp_path / "results"
     subprocess.run([sys.executable, HERE / "world.py", out / "world", "--noisy", "64", "--curated", "64"], check=True)
     make = [sys.executable, ROOT / "examples" / "make_tiny_sd3.py", out / "raw_world", "--size", "mini"]
