@@ -18,6 +18,7 @@ import time
 import traceback
 import zlib
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import numpy as np
@@ -337,6 +338,17 @@ def test_room_for_the_checkpoints(script, flags, run, monkeypatch, caplog, tmp_p
         run(*arguments)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=needed))
     run(*arguments)
+
+
+@pytest.mark.parametrize("name", ["constant", "linear"])
+def test_schedule_of_an_optimizer_without_its_first_rate(name):
+    """Accelerate's FSDP2 loads an optimizer whose groups have lost `initial_lr`; the schedule goes on all the same."""
+    names = "lr_step_rules lr_num_cycles lr_power".split()
+    args = SimpleNamespace(lr_scheduler=name, lr_warmup_steps=0, max_train_steps=10, learning_rate=0.1)
+    vars(args).update(dict.fromkeys(names, 1))
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.07)
+    scheduler = train_sd3_soar.make_lr_scheduler(args, optimizer, 5)
+    assert scheduler.get_last_lr() == pytest.approx([0.1 if name == "constant" else 0.05])
 
 
 # Numbers
