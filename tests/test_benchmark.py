@@ -266,9 +266,11 @@ def test_benchmark_and_report(pipeline, tmp_path):
         (["/nowhere", "soar"], "/nowhere holds no transformer/config.json"),
         (["PIPELINE", "sour --x"], "the first word must be one of sft, soar"),
         (["PIPELINE", "reference --aux_batch_size 2"], "the reference step does not know --aux_batch_size"),
+        (["PIPELINE", "soar", "--profile"], "--profile lists the kernels of a GPU"),
     ],
 )
 def test_benchmark_of_nothing(arguments, message, pipeline, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     arguments = [str(pipeline) if a == "PIPELINE" else a for a in arguments]
     monkeypatch.setattr(sys, "argv", ["benchmark_step.py", *arguments, "--output", str(tmp_path / "a.json")])
     with pytest.raises(SystemExit) as error:

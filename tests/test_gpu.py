@@ -10,7 +10,7 @@ import sys
 
 import pytest
 import torch
-from harness import ROOT, equal, weights
+from harness import ROOT, equal, scalars, weights
 
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -60,8 +60,7 @@ def test_resumed_run_ends_with_the_same_bits(run, way, tmp_path, monkeypatch):
     assert (straight / "validation" / "step-3.png").exists()
     assert equal(straight, resumed)
     # It learned, so that the same bits are not the ones it began with.
-    early = next((straight / "checkpoint-2").rglob("*.safetensors"))
-    assert early.exists() and not equal(straight / "checkpoint-2", straight)
+    assert not equal(straight / "checkpoint-2", straight)
 
 
 def test_fsdp2(pipeline, photos, tmp_path):
@@ -97,8 +96,6 @@ def test_a_run_on_the_gpu_is_that_of_the_cpu(run, pipeline, photos, tmp_path):
         env={**os.environ, "ACCELERATE_USE_CPU": "true"},
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    from harness import scalars
-
     on_gpu, on_cpu = scalars(gpu), scalars(tmp_path / "cpu")
     assert on_gpu.keys() == on_cpu.keys() == {1, 2, 3}
     assert all(math.isclose(on_gpu[step], on_cpu[step], rel_tol=1e-3) for step in on_gpu), (on_gpu, on_cpu)

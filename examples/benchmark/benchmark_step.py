@@ -405,6 +405,8 @@ def main():
         parser.error(f"{options.pipeline} holds no transformer/config.json; make_tiny_sd3.py makes a pipeline")
     if not options.count_only and not list((options.pipeline / "transformer").glob("*.safetensors")):
         parser.error(f"{options.pipeline} holds no weights: give --count_only, or make it without --configs_only")
+    if options.profile and not torch.cuda.is_available():
+        parser.error("--profile lists the kernels of a GPU, and there is none")
 
     configurations = [Configuration(text, options.pipeline) for text in options.configurations]
     cuda = torch.cuda.is_available()
