@@ -30,7 +30,6 @@ import datetime
 import functools
 import hashlib
 import importlib.util
-import io
 import itertools
 import json
 import logging
@@ -45,8 +44,6 @@ import sys
 import tempfile
 import time
 import unicodedata
-import uuid
-import warnings
 from collections import Counter, defaultdict
 from importlib.metadata import version
 from pathlib import Path
@@ -70,31 +67,43 @@ from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from diffusers.optimization import SchedulerType, get_scheduler
 from diffusers.utils import make_image_grid
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
-from PIL import Image, ImageCms, ImageOps, PngImagePlugin
+from PIL import Image, ImageOps
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, save, save_file
 from torch.distributed.tensor import distribute_tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer
 
 import soar_utils
+from data_utils import (
+    BucketBatchSampler,
+    Cache,
+    decode_image,
+    derive_seed,
+    digest,
+    file_bytes,
+    file_key,
+    inspect_rows,
+    make_table,
+    rows_of,
+)
 
 
 logging.disable(logging.NOTSET)
 logger = get_logger(__name__)
-PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY  # generated pictures carry their workflow with them
 
 # Flags, and versions, that may differ when a run is resumed: they do not change what is trained, or what they name is
 # compared by its content. All others may not. (The end of a schedule may not move either, see `check_resume`.)
 FREE_ON_RESUME = """
-    accelerate allow_resume_changes aux_batch_size cache_dir cache_prompt_embeds caption_column checkpointing_steps
-    checkpoints_total_limit dataloader_num_workers dataset_config_name dataset_name diffusers
-    gradient_accumulation_steps gradient_checkpointing guidance_scale hub_model_id hub_private hub_token image_column
-    image_dir instance_prompt jsonl_path max_skipped_steps max_train_samples max_train_steps min_image_side
-    num_inference_steps num_train_epochs num_validation_images offload offload_ema output_dir overwrite_output_dir
-    push_to_hub report_to resume_from_checkpoint save_dtype skip_bad_images skip_final_inference torch torch_compile
-    train_data_dir transformers validation_height validation_prompt validation_steps validation_width
+    accelerate allow_resume_changes aux_batch_size cache_batch_size cache_dir cache_prompt_embeds caption_column
+    check_images checkpointing_steps checkpoints_total_limit dataloader_num_workers dataset_config_name
+    dataset_name diffusers gradient_accumulation_steps gradient_checkpointing guidance_scale hub_model_id
+    hub_private hub_token image_column image_dir instance_prompt jsonl_path max_skipped_steps max_train_samples
+    max_train_steps min_image_side num_inference_steps num_train_epochs num_validation_images offload offload_ema
+    output_dir overwrite_output_dir push_to_hub report_to resume_from_checkpoint save_dtype skip_bad_images
+    skip_final_inference torch torch_compile train_data_dir transformers validation_height validation_prompt
+    validation_steps validation_width
 """.split()
 KEPT_ON_RESUME = "adam_|full_bf16|lora|optimizer|prodigy_|rank|transformer|use_8bit|use_dora|use_ema"
 
@@ -136,7 +145,9 @@ def parse_args(input_args=None):
     add("--cond_dropout_rate", "--caption_dropout", type=number(float, 0, 1), default=0.0, help="Share left empty.")
     add("--cache_latents", action="store_true", help="Encode every image once, to disk; keeps one crop an image.")
     add("--cache_prompt_embeds", action="store_true", help="Encode every caption once, to disk.")
-    add("--cache_dir", help="Folder of both caches, shared by runs. Default: OUTPUT_DIR/cache.")
+    add("--cache_dir", help="Folder of what is computed once, shared by runs. Default: OUTPUT_DIR/cache.")
+    add("--cache_batch_size", type=number(int, 1), default=1, help="Images or captions encoded at once for them.")
+    add("--check_images", action="store_true", help="Check images again that --cache_dir knows as good.")
     add("--offload", action="store_true", help="For small cards: encoders stay on the CPU between uses.")
     add("--dataloader_num_workers", type=number(int, 0), default=0)
 
@@ -334,7 +345,10 @@ def main(args):
         with failing_with(f"--report_to {args.report_to}"):  # it may ask for a login
             accelerator.init_trackers(Path(__file__).stem, tracked, {"wandb": {"dir": args.output_dir}})
     rows = run_on_each(accelerator, load_images, args)
-    inspected = run_on_main(accelerator, inspect_images, args, model_config, rows)
+    place = accelerator.process_index, accelerator.num_processes
+    check_images(args, rows, *place, again=args.check_images)
+    accelerator.wait_for_everyone()
+    inspected = run_on_each(accelerator, inspect_images, args, model_config, rows)
     if len(inspected) < global_batch_size:
         fail(f"{len(inspected)} images are fewer than one global batch of {global_batch_size}")
     if args.max_train_steps is None:
@@ -356,8 +370,7 @@ def main(args):
     if args.cache_latents or args.cache_prompt_embeds:
         encoder_digests = run_on_main(accelerator, digest_encoders, args, model_dir, weight_dtype)
     train_dataset = TrainingImages(args, rows, inspected, encoder_digests)
-    captions = [text for item in inspected for text in item["captions"]]
-    run_on_main(accelerator, report_truncation, model_dir, captions, args.max_sequence_length, args.no_text_encoder_3)
+    run_on_main(accelerator, report_truncation, args, model_dir, inspected)
     with loading(args.pretrained_model_name_or_path):
         vae = AutoencoderKL.from_pretrained(model_dir, subfolder="vae", variant=args.variant, use_safetensors=True)
     vae.requires_grad_(False).eval().to("cpu" if args.cache_latents or args.offload else device)
@@ -379,7 +392,7 @@ def main(args):
         # Every kind of block is compiled for every size: with gradient, without, for a last chunk, for validation.
         # Whole, too, under DDP, which would cut the graphs along its buckets.
         torch._dynamo.config.optimize_ddp = False
-        torch._dynamo.config.recompile_limit = 16 * len({tuple(item["size"]) for item in inspected})
+        torch._dynamo.config.recompile_limit = 16 * len({*map(tuple, inspected["size"][:])})
         for block in transformer.transformer_blocks:
             block.compile(dynamic=False)
     transformer.train()
@@ -894,21 +907,20 @@ def load_images(args):
     The images, not yet decoded, and their captions, from whichever of the three sources was given.
 
     Returns:
-        `datasets.Dataset`: columns `image` (`{"path", "bytes"}`), `captions` (`list[str]`, at least one), and `height`
-        and `width`, the size in pixels that the source asks for, or 0.
+        `datasets.Dataset`: columns `image` (`{"path", "bytes"}`), `key` (`str`, another one when the image may have
+        changed), `captions` (`list[str]`, at least one), and `height` and `width`, the size in pixels that the source
+        asks for, or 0.
     """
-    default = args.instance_prompt or ""
     if args.dataset_name is None:
         if args.jsonl_path is not None:
-            records = read_jsonl(args.jsonl_path, args.image_dir)
+            records = read_jsonl(args.jsonl_path, args.image_dir, args.instance_prompt)
         else:
             image_column = "file_name" if args.image_column == "image" else args.image_column
             records = read_folder(args.train_data_dir, image_column, args.caption_column, args.instance_prompt)
-        rows = list(itertools.islice(records, args.max_train_samples))
-        columns = {name: [row[i] for row in rows] for i, name in enumerate(("image", "captions", "height", "width"))}
-        columns["image"] = [{"path": str(path), "bytes": None} for path in columns["image"]]
-        columns["captions"] = [[text or default for text in texts] or [default] for texts in columns["captions"]]
-        return datasets.Dataset.from_dict(columns)
+        return make_table(
+            {"image": {"path": path, "bytes": None}, "key": file_key(path), **others}
+            for path, others in itertools.islice(records, args.max_train_samples)
+        )
 
     load = functools.partial(datasets.load_dataset, name=args.dataset_config_name, split="train")
     rows = ask_hub(f"--dataset_name {args.dataset_name}", load, args.dataset_name)
@@ -921,63 +933,76 @@ def load_images(args):
     with failing_with(f"--image_column {args.image_column} of {args.dataset_name} holds no images"):
         images = rows.select_columns(args.image_column).cast_column(args.image_column, datasets.Image(decode=False))
         images = images.rename_columns({args.image_column: "image"})
-    captions = [[]] * len(rows)
+    # Of the column: the rows would bring the bytes of all images.
+    paths = (path for chunk in images.data.column("image").chunks for path in chunk.field("path").to_pylist())
+    captions = itertools.repeat((None,), len(rows))
     if args.caption_column in rows.column_names:
-        where = f"--caption_column {args.caption_column} of {args.dataset_name}, row"
-        captions = [read_captions(value, f"{where} {i}") for i, value in enumerate(rows[args.caption_column])]
-    images = images.add_column("captions", [[text or default for text in texts] or [default] for texts in captions])
-    return images.add_column("height", [0] * len(rows)).add_column("width", [0] * len(rows))
+        captions = rows_of(rows, args.caption_column)
+    where = f"--caption_column {args.caption_column} of {args.dataset_name}, row"
+
+    def others():
+        for i, (path, (caption,)) in enumerate(zip(paths, captions, strict=True)):
+            key = digest(rows._fingerprint, i, file_key(path))
+            yield {"key": key, **read_captions(caption, args.instance_prompt, f"{where} {i}")}
+
+    return datasets.concatenate_datasets([images, make_table(others())], axis=1)
 
 
 def read_folder(folder, image_column, caption_column, instance_prompt):
     """
-    Yield path, captions, height and width of each image of --train_data_dir: of those that its metadata lists, in that
-    order, with the captions there; without metadata of all, each with the text of NAME.txt beside it.
+    Yield path and other columns of each image of --train_data_dir: of those that its metadata lists, in that order,
+    with the captions there; without metadata of all, each with the text of NAME.txt beside it.
     """
     walk = [(at, sorted(files)) for at, _, files in sorted(os.walk(folder)) if f"{os.sep}." not in at[len(folder) :]]
-    names = [Path(at, name) for at, files in walk for name in files if name[0] != "."]
+    names = [f"{at}{name}" for at, files in walk for at in [os.path.join(at, "")] for name in files if name[0] != "."]
     suffixes = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
-    images = [path for path in names if path.suffix.lower() in suffixes | {".heic", ".heif"}]
-    there = {unicodedata.normalize("NFC", str(path)): path for path in names}  # macOS takes letters and accents apart
-    texts = {path.with_suffix(""): path for path in names if path.suffix.lower() == ".txt"}
-    texts = {path: texts[path.with_suffix("")] for path in images if path.with_suffix("") in texts}
-    metadata = [path for path in names if path.name in ("metadata.jsonl", "metadata.csv")]
-    if metadata and texts:
-        fail(f"--train_data_dir {folder} has {metadata[0].name} and captions in .txt files: remove one of them")
-    if any(re.match(r"\d+_", path.parent.name) for path in images):
+    suffixes |= {".heic", ".heif"}
+    images = [path for path in names if os.path.splitext(path)[1].lower() in suffixes]
+    texts = {os.path.splitext(path)[0]: path for path in names if path.lower().endswith(".txt")}
+    there = {unicodedata.normalize("NFC", path): path for path in names if not path.isascii()}  # macOS has others
+    metadata = [
+        os.path.join(at, name) for at, files in walk for name in files if name in ("metadata.jsonl", "metadata.csv")
+    ]
+    if metadata and any(os.path.splitext(path)[0] in texts for path in images):
+        name = os.path.basename(metadata[0])
+        fail(f"--train_data_dir {folder} has {name} and captions in .txt files: remove one of them")
+    if any(re.match(r"\d+_", Path(at).name) for at, _ in walk):
         logger.info(f"Folder names in {folder}, such as 10_name, mean nothing here: every image comes once an epoch.")
     listed, root = 0, os.path.realpath(folder)
     for path in metadata:
-        for where, record in (read_csv if path.suffix == ".csv" else read_json_lines)(path):
+        at = os.path.dirname(path)
+        for where, record in (read_csv if path.endswith(".csv") else read_json_lines)(path):
             listed += 1
             for flag, column in (("image_column", image_column), ("caption_column", caption_column)):
                 if column not in record and not (flag == "caption_column" and instance_prompt):
                     fail(f"--{flag} {column}: {where} has {', '.join(record)}; give the one that is meant")
-            image = path.parent / str(record[image_column])
-            image = there.get(unicodedata.normalize("NFC", str(image)), image)
+            image = os.path.join(at, str(record[image_column]))
+            image = image if image.isascii() else there.get(unicodedata.normalize("NFC", image), image)
             if not is_inside(image, root):
                 fail(f"{where}: {record[image_column]!r} leads out of --train_data_dir")
-            yield image, read_captions(record.get(caption_column), where), 0, 0
+            yield image, read_captions(record.get(caption_column), instance_prompt, where)
     if metadata and len(images) > listed:
         logger.warning(f"{len(images) - listed} images in {folder} are not listed in its metadata and are not used.")
     for image in () if metadata else images:
-        caption = instance_prompt
-        if image in texts:
-            with failing_with(f"{texts[image]} is no text in UTF-8"):
-                caption = " ".join(texts[image].read_text("utf-8-sig").split("\n")).strip()
+        caption, name = instance_prompt, os.path.splitext(image)[0]
+        if name in texts:
+            with failing_with(f"{texts[name]} is no text in UTF-8"):
+                caption = " ".join(Path(texts[name]).read_text("utf-8-sig").split("\n")).strip()
         if caption is None:
-            fail(f"{image} has no caption: write {image.stem}.txt beside it, or give --instance_prompt for all such")
+            way = f"write {Path(image).stem}.txt beside it, or give --instance_prompt for all such"
+            fail(f"{image} has no caption: {way}")
         if not is_inside(image, root):
             fail(f"{image} leads out of --train_data_dir")
-        yield image, [caption], 0, 0
+        yield image, read_captions(caption, instance_prompt, image)
 
 
-def read_captions(value, where):
-    """The captions of an image: a text or a list of texts, or none; of anything else one line says `where` it is."""
+def read_captions(value, default, where, height=0, width=0):
+    """The columns of an image besides it: of a text, a list of texts, or none, where it has none, of the `default`."""
     values = value if isinstance(value, list) else [value] if value is not None else []
     if not all(isinstance(text, str | int | float) for text in values):
         fail(f"{where}: the caption is neither a text nor a list of texts: {str(value)[:200]}")
-    return [str(text) for text in values]
+    captions = [str(text) or default or "" for text in values] or [default or ""]
+    return {"captions": captions, "height": height, "width": width}
 
 
 def read_csv(path):
@@ -990,8 +1015,8 @@ def read_csv(path):
             yield f"{path}, line {reader.line_num}", record
 
 
-def read_jsonl(path, image_dir):
-    """Yield path, captions, height and width from each line of --jsonl_path, the format of the authors' code."""
+def read_jsonl(path, image_dir, default):
+    """Yield path and other columns of each line of --jsonl_path, the format of the authors' code."""
     image_dir = Path(image_dir).resolve()
     for where, record in read_json_lines(path):
         if not isinstance(record.get("md5"), str) or "caption_en" not in record:
@@ -1001,7 +1026,7 @@ def read_jsonl(path, image_dir):
         if not whole or (height == 0) != (width == 0):
             fail(f"{where}: `bw` and `bh` must be whole numbers divisible by 16, or left out: {width} and {height}")
         suffixes = ".jpg .jpeg .png .webp .JPG .JPEG .PNG .WEBP".split()
-        candidates = [image_dir / f"{record['md5']}{suffix}" for suffix in suffixes]
+        candidates = [os.path.join(image_dir, f"{record['md5']}{suffix}") for suffix in suffixes]
         image = next((file for file in candidates if os.path.isfile(file)), candidates[0])
         if len(record["md5"]) > 200 or not is_inside(image, image_dir):
             fail(f"{where}: `md5` {record['md5'][:200]!r} is no file name in --image_dir")
@@ -1012,7 +1037,7 @@ def read_jsonl(path, image_dir):
             fields = ("long_caption", "medium_caption", "short_caption", "text")
             texts = (text for field in fields if (text := value.get(field)) and str(text).strip())
             value = next(texts, "" if value.keys() & {*fields} else value)
-        yield image, read_captions(value, where), height, width
+        yield image, read_captions(value, default, where, height, width)
 
 
 def read_json_lines(path):
@@ -1024,7 +1049,8 @@ def read_json_lines(path):
                 continue
             try:
                 record = json.loads(line)
-                json.dumps(record, ensure_ascii=False).encode()  # JSON can spell characters that are none
+                if b"\\u" in line:  # JSON can spell characters that are none
+                    json.dumps(record, ensure_ascii=False).encode()
             except (ValueError, RecursionError) as error:
                 fail(f"{where} is not JSON: {error}")
             if not isinstance(record, dict):
@@ -1034,122 +1060,94 @@ def read_json_lines(path):
 
 def is_inside(path, root):
     """Whether a path leads to a place inside of `root`, a real path, whatever `..` and links are on its way."""
-    try:
-        return os.path.realpath(path).startswith(os.path.join(root, ""))
-    except ValueError:  # a null character
+    folder, name = os.path.split(path)
+    if "\0" in str(path):
         return False
+    if name == ".." or os.path.islink(path):
+        folder = os.path.dirname(os.path.realpath(path))
+    return f"{real_folder(folder)}{os.sep}".startswith(str(root).rstrip(os.sep) + os.sep)
+
+
+@functools.lru_cache(maxsize=1000)
+def real_folder(path):
+    return os.path.realpath(path)
+
+
+def check_images(args, rows, process_index=0, num_processes=1, again=False):
+    """
+    Decode this process's share of the images that were not before, or `again` of all, so that a bad one is found now
+    and not in the middle of the run. What [`inspect_image`] finds is remembered in --cache_dir, but of a bad one.
+
+    Returns:
+        `tuple[Cache, dict[int, dict]]`: what is remembered, and what was found of each row with a bad image.
+    """
+    if len(rows) == 0:
+        fail(f"{args.dataset_name or args.train_data_dir or args.jsonl_path} has no images")
+    if not any(text.strip() for (texts,) in rows_of(rows, "captions") for text in texts):
+        fail("every caption is empty; is this the right --caption_column?")
+    checks, bad = open_cache(args, "checks"), {}
+    keys = np.array(rows["key"][:])
+    unknown = np.flatnonzero(again | (checks.find(keys) < 0))
+    unknown = unknown[unknown % num_processes == process_index].tolist()
+
+    def good(results):
+        for row, found in zip(unknown, results, strict=True):
+            if "error" in found:
+                bad[row] = found
+            else:
+                yield keys[row], json.dumps(found).encode()
+
+    if unknown:
+        options = {"num_workers": args.dataloader_num_workers, "collate_fn": inspect_rows}
+        found = itertools.chain.from_iterable(DataLoader(rows.select_columns("image"), 16, sampler=unknown, **options))
+        progress = {"desc": "Checking images", "unit": "image", "disable": process_index > 0}
+        checks.write(good(tqdm(found, total=len(unknown), **progress)))
+    return checks, bad
 
 
 def inspect_images(args, model_config, rows):
     """
-    Decode every image once, so that a bad one is found now and not in the middle of the run. Of each usable one, a
-    `dict`: its `row`, `name`, `digest`, `captions`, and the `size` (height, width) in pixels to train at.
+    What will be trained on, of all usable images, as a `datasets.Dataset` with the columns `row`, `name`, `digest`,
+    `captions`, and `size` (height, width) in pixels to train at.
     """
-    if len(rows) == 0:
-        fail(f"{args.dataset_name or args.train_data_dir or args.jsonl_path} has no images")
-    captions = rows["captions"][:]
-    empty = sum(not all(text.strip() for text in texts) for texts in captions)
-    if empty == len(rows):
-        fail("every caption is empty; is this the right --caption_column?")
-    if empty:
+    checks, bad = check_images(args, rows)
+    if empty := sum(not all(text.strip() for text in texts) for (texts,) in rows_of(rows, "captions")):
         logger.warning(f"{empty} of {len(rows)} captions are empty: those images train the unconditional model.")
-
-    heights, widths = rows["height"][:], rows["width"][:]
     buckets = training_sizes(args)
-    loader = DataLoader(rows["image"], None, num_workers=args.dataloader_num_workers, collate_fn=inspect_image)
-    inspected, notes, scales = [], Counter(), []
-    for row, found in enumerate(tqdm(loader, desc="Checking images", unit="image")):
-        name = found["name"] or f"image {row} of the data set"
-        if "error" in found:
-            if not args.skip_bad_images:
-                fail(f"{name} cannot be read ({found['error']}); mend it, or drop such images with --skip_bad_images")
-            logger.warning(f"Dropped {name}: {found['error']}")
-            continue
-        if min(found["size"]) < args.min_image_side:
-            notes["have a side below --min_image_side and are dropped"] += 1
-            continue
-        size = heights[row], widths[row]
-        if size == (0, 0):
-            size = buckets[training_utils.find_nearest_bucket(*found["size"], buckets)]
-        for side in size:
-            check_side(side, model_config, f"{name}: size in its data set")
-        item = {"row": row, "name": name, "digest": found["digest"], "captions": captions[row], "size": size}
-        inspected.append(item)
-        notes.update(found["notes"])
-        scales.append(max(size[0] / found["size"][0], size[1] / found["size"][1]))
-    sizes = Counter("{1}x{0}".format(*item["size"]) for item in inspected)
+    nearest = functools.lru_cache(lambda size: buckets[training_utils.find_nearest_bucket(*size, buckets)])
+    notes, sizes, grown = Counter(), Counter(), []
+
+    def items():
+        places = checks.find(rows["key"][:]).tolist()
+        for row, (captions, *size) in enumerate(rows_of(rows, "captions", "height", "width")):
+            found = bad.get(row) or json.loads(checks.read_small(places[row]).decode())
+            name = found["name"] or f"image {row} of the data set"
+            if "error" in found:
+                if not args.skip_bad_images:
+                    others = f", nor can {len(bad) - 1} more" if len(bad) > 1 else ""
+                    what = f"{name} cannot be read ({found['error']}){others}"
+                    fail(f"{what}; mend it, or drop such images with --skip_bad_images")
+                logger.warning(f"Dropped {name}: {found['error']}")
+                continue
+            if min(found["size"]) < args.min_image_side:
+                notes["have a side below --min_image_side and are dropped"] += 1
+                continue
+            size = nearest(tuple(found["size"])) if size == [0, 0] else tuple(size)
+            for side in size:
+                check_side(side, model_config, f"{name}: size in its data set")
+            notes.update(found["notes"])
+            sizes["{1}x{0}".format(*size)] += 1
+            if (scale := max(size[0] / found["size"][0], size[1] / found["size"][1])) > 1:
+                grown.append(scale)
+            yield {"row": row, "name": name, "digest": found["digest"], "captions": captions, "size": size}
+
+    inspected = make_table(items())
     logger.info(f"{len(inspected)} images, {len(rows) - len(inspected)} dropped; sizes {dict(sizes)}.")
-    if enlarged := sum(scale > 1 for scale in scales):
-        logger.warning(f"{enlarged} images are smaller than they are trained at: enlarged up to {max(scales):.1f} x.")
+    if grown:
+        logger.warning(f"{len(grown)} images are smaller than they are trained at: enlarged up to {max(grown):.1f} x.")
     for note, number in notes.items():
         logger.info(f"{number} images {note}.")
     return inspected
-
-
-def inspect_image(image):
-    """Name, size, digest and peculiarities of an image, or what is wrong with it; runs in data-loader workers."""
-    if image is None:
-        return {"name": None, "error": "its row has none"}
-    found = {"name": image["path"]}
-    try:
-        data = file_bytes(image)
-        decoded = decode_image(data)
-        found |= {"size": (decoded.height, decoded.width), "notes": decoded.info["notes"]}
-        # With what was made of its pixels: before that was done, the same file was another picture.
-        found["digest"] = "/".join([hashlib.sha256(data).hexdigest(), *decoded.info["notes"]])
-        if all(low == high for low, high in decoded.getextrema()):
-            found["notes"] = [*found["notes"], "are of one colour throughout"]
-    except Exception as error:  # a broken file raises whatever its decoder raises; the caller reports it
-        found["error"] = f"{type(error).__name__}: {error}"
-    return found
-
-
-def file_bytes(image):
-    """The bytes of an image's file, of a row's `image` (`dict` with `bytes`, or with a `path`)."""
-    return Path(image["path"]).read_bytes() if image["bytes"] is None else image["bytes"]
-
-
-def decode_image(data):
-    """
-    Decode the bytes of an image's file to what a viewer shows, a `PIL.Image.Image`: upright by its EXIF orientation,
-    in sRGB by its colour profile, transparent parts over white; `info["notes"]` tells which of the latter two it was.
-    Raises whatever PIL does on a broken file, and `ValueError` on a giant one, or pixels of unknown range.
-    """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-        try:
-            opened = Image.open(io.BytesIO(data))
-        except (Image.UnidentifiedImageError, Image.DecompressionBombError):
-            raise ValueError("Pillow does not read its format, or so many pixels; make a JPEG of it") from None
-    with opened:
-        if math.prod(opened.size) > Image.MAX_IMAGE_PIXELS:
-            opened.draft(opened.mode, (4096, 4096))  # a JPEG can be decoded at a part of its size
-        if math.prod(opened.size) > Image.MAX_IMAGE_PIXELS or opened.mode == "F":
-            raise ValueError(f"{opened.size} pixels of mode {opened.mode}; make it smaller, with 8 bits a channel")
-        image = ImageOps.exif_transpose(opened)
-    notes, profile, alpha = [], image.info.get("icc_profile"), None
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        alpha = image.getchannel("A")
-    if image.mode.startswith("I"):  # 16 bits of grey, which `convert` would cut off at 255
-        if not 0 <= (levels := np.asarray(image)).min() <= levels.max() < 2**16:
-            raise ValueError("of more than 16 bits a pixel; save it with 8")
-        image = Image.fromarray((levels / 257).astype(np.uint8))
-    if profile:
-        try:
-            profile = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-            if "srgb" not in ImageCms.getProfileDescription(profile).lower():
-                image = image if image.mode in ("L", "CMYK") else image.convert("RGB")
-                image = ImageCms.profileToProfile(image, profile, ImageCms.createProfile("sRGB"), outputMode="RGB")
-                notes.append("were converted to sRGB from another colour profile")
-        except (ImageCms.PyCMSError, OSError):
-            notes.append("have a colour profile that cannot be read, and are taken as sRGB")
-    image = image.convert("RGB")
-    if alpha is not None and alpha.getextrema()[0] < 255:
-        image = Image.composite(image, Image.new("RGB", image.size, "white"), alpha)
-        notes.append("are transparent in parts, which are laid over white")
-    image.info["notes"] = notes
-    return image
 
 
 class TrainingImages(Dataset):
@@ -1160,15 +1158,20 @@ class TrainingImages(Dataset):
 
     def __init__(self, args, rows, inspected, encoder_digests):
         self.args, self.inspected, self.encoder_digests = args, inspected, encoder_digests
-        self.images = rows["image"]  # read row by row, as asked for
+        self.images = rows.select_columns("image")  # read row by row, as asked for
+        self.see_caches()
 
     def __len__(self):
         return len(self.inspected)
 
-    def pixels(self, index, top, left, flip):
+    def see_caches(self):
+        """Open the caches, or see what other processes have written to them."""
+        self.latents = open_cache(self.args, "latents") if self.args.cache_latents else None
+        self.embeds = open_cache(self.args, "prompt_embeds") if self.args.cache_prompt_embeds else None
+
+    def pixels(self, item, top, left, flip):
         """Resize so that the image covers its training size, crop, flip; `(3, H, W)` uint8."""
-        item = self.inspected[index]
-        image = decode_image(file_bytes(self.images[item["row"]]))
+        image = decode_image(file_bytes(self.images[item["row"]]["image"]))
         height, width = item["size"]
         scale = max(height / image.height, width / image.width)
         covering = max(width, round(image.width * scale)), max(height, round(image.height * scale))
@@ -1181,43 +1184,43 @@ class TrainingImages(Dataset):
             image = image.resize(covering, Image.Resampling.LANCZOS).crop(kept)
         return torch.from_numpy(np.array(ImageOps.mirror(image) if flip else image)).permute(2, 0, 1).contiguous()
 
-    def crop(self, index):
+    def crop(self, image_digest):
         """The one crop of an image whose latents are cached, as fractions of the room there is."""
         if self.args.center_crop:
             return 0.5, 0.5
-        seed = derive_seed("crop", self.args.seed, self.inspected[index]["digest"])
+        seed = derive_seed("crop", self.args.seed, image_digest)
         return torch.rand(2, generator=torch.Generator().manual_seed(seed)).tolist()
 
-    def latents_path(self, index, flip):
-        item = self.inspected[index]
-        content = item["digest"], item["size"], self.crop(index), flip, self.encoder_digests["vae"]
-        return cache_path(self.args.cache_dir, "latents", *content)
+    def latents_key(self, image_digest, size, flip):
+        """Of cached tensors the keys are digests of all that they depend on: they cannot be stale."""
+        crop = None if self.args.center_crop else self.args.seed
+        return digest(image_digest, *size, crop, flip, self.encoder_digests["vae"])
 
-    def embeds_path(self, caption):
-        return cache_path(self.args.cache_dir, "prompt_embeds", caption, self.encoder_digests["text"])
+    def embeds_key(self, caption):
+        return digest(caption, self.encoder_digests["text"])
 
-    def load(self, item):
-        path, (index, flip) = item
-        return path, self.pixels(index, *self.crop(index), flip)
+    def load(self, batch):
+        items = [(self.inspected[index], flip) for _, index, flip in batch]
+        pixels = [self.pixels(item, *self.crop(item["digest"]), flip) for item, flip in items]
+        return [key for key, *_ in batch], torch.stack(pixels)
 
     def __getitem__(self, key):
         index, position = key
-        seed = derive_seed("sample", self.args.seed, position)
+        item, seed = self.inspected[index], derive_seed("sample", self.args.seed, position)
         top, left, flip, drop, choice = torch.rand(5, generator=torch.Generator().manual_seed(seed)).tolist()
         flip = self.args.random_flip and flip < 0.5
         sample = {
             "seed": derive_seed("noise", self.args.seed, position),
             "drop": drop < self.args.cond_dropout_rate,
-            "name": self.inspected[index]["name"],
+            "name": item["name"],
+            "caption": item["captions"][int(choice * len(item["captions"]))],
         }
         if self.args.cache_latents:
-            sample.update(load_file(self.latents_path(index, flip)))
+            sample.update(load(self.latents[self.latents_key(item["digest"], item["size"], flip)]))
         else:
-            sample["pixels"] = self.pixels(index, *((0.5, 0.5) if self.args.center_crop else (top, left)), flip)
-        captions = self.inspected[index]["captions"]
-        sample["caption"] = captions[int(choice * len(captions))]
+            sample["pixels"] = self.pixels(item, *((0.5, 0.5) if self.args.center_crop else (top, left)), flip)
         if self.args.cache_prompt_embeds:
-            sample.update(load_file(self.embeds_path(sample["caption"])))
+            sample.update(load(self.embeds[self.embeds_key(sample["caption"])]))
         return sample
 
 
@@ -1228,49 +1231,9 @@ def collate(samples):
     return {k: torch.stack(v) if isinstance(v, list) and torch.is_tensor(v[0]) else v for k, v in batch.items()}
 
 
-class BucketBatchSampler:
-    """
-    Endless batches of `(index, position)`, each of one of the `sizes` of the samples, the same sequence on any number
-    of processes, of which each takes every `num_processes`-th batch, from batch `start` of the run on.
-
-    Every bucket is an endless stream of shuffled passes, cut into full batches, so nothing is dropped or repeated:
-    what does not fill a batch at the end of an epoch opens the bucket's next one. An epoch takes from each bucket the
-    batches that end in it, in an order shuffled over the buckets; with one bucket the order is the stream itself.
-    """
-
-    def __init__(self, sizes, batch_size, seed, start=0, process_index=0, num_processes=1):
-        self.buckets = [[i for i, s in enumerate(sizes) if s == size] for size in sorted(set(sizes))]
-        self.batch_size, self.seed, self.start = batch_size, seed, start
-        self.process_index, self.num_processes = process_index, num_processes
-        self.order = functools.lru_cache(maxsize=2 * len(self.buckets))(self.order)  # a batch may span two passes
-
-    def order(self, bucket, epoch):
-        """The bucket's samples in the order of its pass number `epoch`."""
-        return self.shuffled(self.buckets[bucket], "order", bucket, epoch)
-
-    def shuffled(self, items, *what):
-        generator = torch.Generator().manual_seed(derive_seed(self.seed, *what))
-        return [items[i] for i in torch.randperm(len(items), generator=generator)]
-
-    def batches(self):
-        """Bucket and number therein of every batch of the run."""
-        for epoch in itertools.count():
-            ends = [[(epoch + i) * len(members) // self.batch_size for i in (0, 1)] for members in self.buckets]
-            batches = [(bucket, number) for bucket, end in enumerate(ends) for number in range(*end)]
-            yield from self.shuffled(batches, "batches", epoch) if len(self.buckets) > 1 else batches
-
-    def __iter__(self):
-        mine = itertools.islice(enumerate(self.batches()), self.start + self.process_index, None, self.num_processes)
-        for batch_index, (bucket, number) in mine:
-            places = range(number * self.batch_size, (number + 1) * self.batch_size)
-            visits = (divmod(place, len(self.buckets[bucket])) for place in places)
-            indices = [self.order(bucket, epoch)[place] for epoch, place in visits]
-            yield [(index, batch_index * self.batch_size + i) for i, index in enumerate(indices)]
-
-
 def make_dataloader(args, accelerator, train_dataset, first_step):
     """The batches of this process from optimizer step `first_step` on, without end."""
-    sizes, processes = [item["size"] for item in train_dataset.inspected], accelerator.num_processes
+    sizes, processes = [*map(tuple, train_dataset.inspected["size"][:])], accelerator.num_processes
     start = first_step * args.gradient_accumulation_steps * processes
     place = {"start": start, "process_index": accelerator.process_index, "num_processes": processes}
     sampler = BucketBatchSampler(sizes, args.train_batch_size, args.seed, **place)
@@ -1285,9 +1248,10 @@ def make_dataloader(args, accelerator, train_dataset, first_step):
     )
 
 
-def derive_seed(*parts):
-    """A 64-bit seed from any printable parts; equal on every machine and in every process."""
-    return int.from_bytes(hashlib.sha256("/".join(map(str, parts)).encode()).digest()[:8], "little")
+def open_cache(args, kind):
+    """The [`Cache`] of this kind in --cache_dir."""
+    with failing_with(f"--cache_dir {args.cache_dir}"):
+        return Cache(args.cache_dir, kind)
 
 
 # Encoders and their caches
@@ -1374,79 +1338,106 @@ def prepare_batch(batch, null_embeds, vae, text_encoders, max_sequence_length, d
 
 def digest_encoders(args, model_dir, weight_dtype):
     """What the cached tensors depend on besides the samples: the encoders' files, the length and the number format."""
+    known = open_cache(args, "checks")
 
-    def digest(*parts):
+    def digests(*parts):
         paths = [path for part in parts for path in sorted(Path(model_dir, part).rglob("*")) if path.is_file()]
-        digests = []
-        for path in tqdm(paths, desc="Reading the encoders' files", unit="file", leave=False):
-            with open(path, "rb") as file:
-                digests.append([path.name, hashlib.file_digest(file, "sha256").hexdigest()])
-        return digests
+        return [[path.name, known[file_key(path)].decode()] for path in paths]
 
-    text = digest(*text_parts(args.no_text_encoder_3))
-    return {"vae": digest("vae"), "text": [text, args.max_sequence_length, str(weight_dtype), args.no_text_encoder_3]}
+    def read(path):
+        with open(path, "rb") as file:
+            return file_key(path), hashlib.file_digest(file, "sha256").hexdigest().encode()
 
-
-def cache_path(cache_dir, kind, *content):
-    """File of a cached tensor: its name is a digest of all that the tensor depends on, so it cannot be stale."""
-    key = hashlib.sha256(json.dumps(content).encode()).hexdigest()
-    return os.path.join(cache_dir, kind, key[:2], f"{key}.safetensors")
+    parts = ["vae", *text_parts(args.no_text_encoder_3)]
+    paths = [path for part in parts for path in Path(model_dir, part).rglob("*") if path.is_file()]
+    unknown = [path for path in paths if known.find(file_key(path)) < 0]
+    known.write(map(read, tqdm(unknown, desc="Reading the encoders' files", unit="file", leave=False)))
+    text = digest(digests(*parts[1:]), args.max_sequence_length, str(weight_dtype), args.no_text_encoder_3)
+    return {"vae": digest(digests("vae")), "text": text}
 
 
-def report_truncation(model_dir, captions, max_sequence_length, no_text_encoder_3):
-    """Count the captions that are longer than what the text encoders read."""
-    tokenizers = {"CLIP": "tokenizer"} if no_text_encoder_3 else {"CLIP": "tokenizer", "T5": "tokenizer_3"}
+def report_truncation(args, model_dir, inspected):
+    """Count the captions that are longer than what the text encoders read, once for the same captions."""
+    captions = [text for (texts,) in rows_of(inspected, "captions") for text in texts]
+    tokenizers = {"CLIP": "tokenizer"} if args.no_text_encoder_3 else {"CLIP": "tokenizer", "T5": "tokenizer_3"}
+    known = open_cache(args, "checks")
     for name, part in tokenizers.items():
         tokenizer = AutoTokenizer.from_pretrained(model_dir, subfolder=part)
-        length = tokenizer.model_max_length if name == "CLIP" else max_sequence_length
-        starts = tqdm(range(0, len(captions), 1000), desc=f"Counting {name} tokens", unit="k captions")
-        tokens = (tokenizer(captions[start : start + 1000], verbose=False).input_ids for start in starts)
-        truncated = sum(len(ids) > length for part in tokens for ids in part)
+        length = tokenizer.model_max_length if name == "CLIP" else args.max_sequence_length
+        key = digest(name, length, len(tokenizer), captions)
+        if known.find(key) < 0:
+            starts = tqdm(range(0, len(captions), 1000), desc=f"Counting {name} tokens", unit="k captions")
+            tokens = (tokenizer(captions[start : start + 1000], verbose=False).input_ids for start in starts)
+            known.write([(key, str(sum(len(ids) > length for part in tokens for ids in part)).encode())])
+        truncated = int(known[key])
         logger.info(f"{truncated} of {len(captions)} captions are longer than the {length} tokens that {name} reads.")
 
 
-def plan_caches(args, train_dataset, model_config, weight_dtype, prompts):
+def plan_caches(args, train_dataset, model_config, weight_dtype, prompts, process_index, num_processes):
     """
-    What the caches do not hold: of latents, pairs of file and `(index, flip)`; of embeddings, pairs of file and text.
-    Ends the run where there is no room for it.
+    What the caches lack of this process's share, in batches: of latents lists of key, index and flip, of embeddings
+    lists of key and text. Ends the run where there is no room for all of it.
     """
-    latents, embeds = {}, {}
+    latents, embeds, totals = defaultdict(list), [], [0, 0]
     if args.cache_latents:
-        keys = itertools.product(range(len(train_dataset)), [False, True] if args.random_flip else [False])
-        latents = {train_dataset.latents_path(*key): key for key in keys}
+        flips = [False, True] if args.random_flip else [False]
+        images = rows_of(train_dataset.inspected, "digest", "size")
+        keys = [train_dataset.latents_key(*image, flip) for image in images for flip in flips]
+        places, totals[0] = train_dataset.latents.find(keys), len({*keys})
+        sizes = train_dataset.inspected["size"][:]
+        for key, place in {keys[i]: i for i in np.flatnonzero(places < 0).tolist()}.items():
+            index, flip = divmod(place, len(flips))
+            latents[tuple(sizes[index])].append((key, index, bool(flip)))
     if args.cache_prompt_embeds:
-        texts = itertools.chain(prompts, *(item["captions"] for item in train_dataset.inspected))
-        embeds = {train_dataset.embeds_path(text): text for text in texts}
-    missing = [[item for item in paths.items() if not os.path.exists(item[0])] for paths in (latents, embeds)]
-    pixels = sum(math.prod(train_dataset.inspected[index]["size"]) for _, (index, _) in missing[0])
+        captions = (text for (texts,) in rows_of(train_dataset.inspected, "captions") for text in texts)
+        texts = {train_dataset.embeds_key(text): text for text in itertools.chain(prompts, captions)}
+        places, totals[1] = train_dataset.embeds.find([*texts]), len(texts)
+        embeds = [item for item, place in zip(texts.items(), places, strict=True) if place < 0]
+    pixels = sum(math.prod(size) * len(group) for size, group in latents.items())
     moments = pixels // model_config["vae_scale_factor"] ** 2 * 2 * model_config["latent_channels"]
-    needed = moments * torch.float32.itemsize + len(missing[1]) * model_config["embeds_size"] * weight_dtype.itemsize
+    needed = moments * torch.float32.itemsize + len(embeds) * model_config["embeds_size"] * weight_dtype.itemsize
     free = shutil.disk_usage(args.cache_dir).free
-    what = f"{len(missing[0])} of {len(latents)} latents and {len(missing[1])} of {len(embeds)} prompt embeddings"
+    missing = sum(map(len, latents.values()))
+    what = f"{missing} of {totals[0]} latents and {len(embeds)} of {totals[1]} prompt embeddings"
     logger.info(f"Caches in {args.cache_dir}: {what} are missing and take {needed / 2**30:.2f} GiB.")
+    for folder in {path.parent for path in Path(args.cache_dir).glob("*/??") if path.is_dir()}:
+        logger.warning(f"{folder} has folders 00 to ff of an older version, which are not read and can be deleted.")
     if needed > free:
         fail(f"--cache_dir {args.cache_dir}: {needed / 2**30:.1f} GiB to write, {free / 2**30:.1f} GiB free")
-    return missing
+    batches = []
+    for groups in (latents.values(), [embeds]):
+        # Shared out by key: by place would leave gaps where another run writes while the processes look.
+        groups = [[item for item in group if int(item[0], 16) % num_processes == process_index] for group in groups]
+        size = args.cache_batch_size
+        batches.append([group[i : i + size] for group in groups for i in range(0, len(group), size)])
+    return batches
 
 
 def build_caches(args, accelerator, train_dataset, model_dir, model_config, vae, weight_dtype, prompts):
-    """Encode what [`plan_caches`] lists, each process its share; the next run finds it there."""
-    missing = run_on_main(accelerator, plan_caches, args, train_dataset, model_config, weight_dtype, prompts)
-    device = accelerator.device
-    latents, embeds = (part[accelerator.process_index :: accelerator.num_processes] for part in missing)
-    progress = functools.partial(tqdm, disable=not accelerator.is_main_process)
+    """Encode what [`plan_caches`] lists, each process its share, and keep it for this and every later run."""
+    device, place = accelerator.device, (accelerator.process_index, accelerator.num_processes)
+    inputs = args, train_dataset, model_config, weight_dtype, prompts, *place
+    latents, embeds = run_on_each(accelerator, plan_caches, *inputs)
+
+    def entries(batches, what, encode):
+        for keys, contents in tqdm(batches, desc=f"Caching {what}", unit="batch", disable=place[0] > 0):
+            tensors = {name: tensor.cpu() for name, tensor in encode(contents).items()}
+            for i, key in enumerate(keys):
+                yield key, save({name: tensor[i].contiguous() for name, tensor in tensors.items()})
+
     if latents:
         loader = DataLoader(latents, None, num_workers=args.dataloader_num_workers, collate_fn=train_dataset.load)
         with training_utils.offload_models(vae, device=device):
-            for path, pixels in progress(loader, desc="Caching latents", unit="image"):
-                save_whole({"moments": encode_images(vae, pixels[None], device)[0]}, path)
+            encoded = entries(loader, "latents", lambda pixels: {"moments": encode_images(vae, pixels, device)})
+            train_dataset.latents.write(encoded)
     if embeds:
-        dim = model_config["joint_attention_dim"]
-        text_encoders = load_text_encoders(args, model_dir, weight_dtype, dim, device)
-        for path, text in progress(embeds, desc="Caching prompt embeddings", unit="caption"):
-            encoded = encode_prompts(text_encoders, [text], args.max_sequence_length, device)
-            save_whole({name: tensor[0] for name, tensor in encoded.items()}, path)
+        text_encoders = load_text_encoders(args, model_dir, weight_dtype, model_config["joint_attention_dim"], device)
+        inputs = args.max_sequence_length, device
+        batches = [tuple(map(list, zip(*batch, strict=True))) for batch in embeds]
+        encoded = entries(batches, "captions", lambda texts: encode_prompts(text_encoders, texts, *inputs))
+        train_dataset.embeds.write(encoded)
     accelerator.wait_for_everyone()
+    train_dataset.see_caches()
 
 
 def embed_prompts(args, train_dataset, model_dir, model_config, weight_dtype, prompts, device):
@@ -1455,19 +1446,11 @@ def embed_prompts(args, train_dataset, model_dir, model_config, weight_dtype, pr
     the text encoders, for the captions, or `None` where those are cached.
     """
     if args.cache_prompt_embeds:
-        return {prompt: load_file(train_dataset.embeds_path(prompt)) for prompt in prompts}, None
+        return {prompt: load(train_dataset.embeds[train_dataset.embeds_key(prompt)]) for prompt in prompts}, None
     dim = model_config["joint_attention_dim"]
     text_encoders = load_text_encoders(args, model_dir, weight_dtype, dim, device)
     encoded = {prompt: encode_prompts(text_encoders, [prompt], args.max_sequence_length, device) for prompt in prompts}
     return {prompt: {name: tensor[0] for name, tensor in encoded[prompt].items()} for prompt in prompts}, text_encoders
-
-
-def save_whole(tensors, path):
-    """Write a safetensors file that is either complete or absent, also when several runs write it at once."""
-    os.makedirs(os.path.dirname(path), exist_ok=True)
-    temporary = f"{path}.{uuid.uuid4().hex}"
-    save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, temporary)
-    os.replace(temporary, path)
 
 
 # Checkpoints and resume
@@ -1537,9 +1520,11 @@ def writing(folder, what):
 
 def make_trainer_state(args, global_batch_size, inspected):
     """What a checkpoint remembers of its run: what is `compared` when it is resumed, and the `changes` on the way."""
-    contents = json.dumps([[item["digest"], item["size"], item["captions"]] for item in inspected])
+    contents = hashlib.sha256()
+    for batch in inspected.select_columns(["digest", "size", "captions"]).iter(1000):
+        contents.update(json.dumps(batch).encode())
     compared = json.loads(json.dumps(vars(args))) | {"global_batch_size": global_batch_size}
-    compared |= {"data": hashlib.sha256(contents.encode()).hexdigest()}
+    compared |= {"data": contents.hexdigest()}
     compared |= {name: version(name) for name in ("accelerate", "diffusers", "torch", "transformers")}
     return {"script": Path(__file__).name, "compared": compared, "changes": []}
 

@@ -40,6 +40,7 @@ import itertools
 import json
 import math
 import sys
+import tempfile
 from pathlib import Path
 
 import datasets
@@ -142,7 +143,7 @@ def encode_samples(args, model_config, images, dtype, device):
     null_embeds = script.encode_prompts(text_encoders, [""], args.max_sequence_length, device)
 
     def size(index):
-        return images.inspected[index]["size"]
+        return tuple(images.inspected[index]["size"])
 
     batches = []
     for _, indices in itertools.groupby(sorted(range(len(images)), key=size), key=size):
@@ -320,7 +321,10 @@ def main(args):
     rows = script.load_images(args)
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(args.seed))
     rows = rows.select(sorted(order[: args.num_samples].tolist()))
-    images = script.TrainingImages(args, rows, script.inspect_images(args, model_config, rows), encoder_digests=None)
+    with tempfile.TemporaryDirectory() as args.cache_dir:
+        inspected = script.inspect_images(args, model_config, rows)
+    args.cache_dir = None
+    images = script.TrainingImages(args, rows, inspected, encoder_digests=None)
     if len(images) < 2:
         script.fail(f"{len(images)} images are not enough for a standard error")
     with script.failing_with("--output_dir cannot be written"):

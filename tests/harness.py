@@ -23,8 +23,10 @@ from pathlib import Path
 import torch
 from accelerate.state import AcceleratorState, GradientState
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load, load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from data_utils import Cache
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -65,6 +67,12 @@ def equal(one, other):
     """Whether two folders hold exactly the same weights."""
     one, other = weights(one), weights(other)
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def cached(folder):
+    """The tensors in one of the scripts' caches, by key."""
+    cache = Cache(folder)
+    return {key.decode(): load(cache[key]) for key in cache.keys.tolist() if key}
 
 
 def reset_accelerate():

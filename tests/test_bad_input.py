@@ -25,8 +25,9 @@ SFT, SOAR, LORA = SCRIPTS
 
 
 def contents(folder):
-    """Every file below `folder` with its bytes."""
-    return {path: path.read_bytes() for path in sorted(Path(folder).rglob("*")) if path.is_file()}
+    """Every file below `folder` with its bytes, but what is remembered of the check of images."""
+    files = [path for path in sorted(Path(folder).rglob("*")) if path.is_file() and path.parent.name != "checks"]
+    return {path: path.read_bytes() for path in files}
 
 
 def forbid_weights(patch):
@@ -55,7 +56,7 @@ def refuse(run, monkeypatch, capsys, tmp_path):
     Run a script that must end with one line, and return that line.
 
     `code` is 2 where the command line itself is wrong, else 1. No weights may load, unless `after_loading`; every
-    file below `tmp_path` must stay as it was.
+    file below `tmp_path` must stay as it was, but for what `cache/checks` remembers of good images.
     """
 
     def refuse_run(script, *arguments, code=1, after_loading=False):

@@ -19,10 +19,12 @@ from accelerate import Accelerator
 from benchmark_step import Configuration, LiveBytes, cuda_autocast
 from diffusers import SD3Transformer2DModel
 from harness import ROOT
+from PIL import Image
 from torch._subclasses.fake_tensor import DataDependentOutputException
 
 import train_sd3_sft
 import train_sd3_soar
+from data_utils import inspect_rows
 
 
 BENCHMARK = ROOT / "examples" / "benchmark"
@@ -286,22 +288,46 @@ def test_data_for_the_start(kind, pipeline, tmp_path):
     args = train_sd3_sft.parse_args(["--pretrained_model_name_or_path", str(pipeline), *flags])
     rows = train_sd3_sft.load_images(args)
     assert rows["captions"][:] == [[f"picture number {i} of 3"] for i in range(3)]
-    assert len({train_sd3_sft.inspect_image(image)["digest"] for image in rows["image"]}) == 3
+    assert len({found["digest"] for found in inspect_rows(rows)}) == 3
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
     assert startup.make_data(kind, tmp_path, 3, 16) == flags
     assert before == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
 
 
-def test_report_of_the_start():
-    """The cost of a further image is the slope between the fewest and the most."""
+def test_report_of_the_start(tmp_path):
+    """The cost of a further image is the slope between the fewest and the most; the picture shows every kind."""
+    costs = {"checked": 0.01, "first": 0.1, "second": 0.001, "resumed": 0.002}
     results = [
-        {"kind": "folder", "images": images, "cache_files_per_image": 2}
-        | {start: {"seconds": 10 + cost * images, "gib": 1 + images / 2**20} for start, cost in costs.items()}
+        {"kind": kind, "images": images, "cache_files": images / 500, "decoding": 0.004}
+        | {start: {"seconds": 10 + cost * images, "gib": 1 + images / 10**6} for start, cost in costs.items()}
+        for kind in ("folder", "jsonl")
         for images in (3000, 1000)
-        for costs in [{"first": 0.01, "second": 0.001, "resumed": 0.002}]
     ]
-    row = "| folder | 1,000 to 3,000 | 10.00 ms | 1.00 ms | 2.00 ms | 1.0 KiB | 2.00 |"
-    assert startup.report(results).endswith(row)
+    rates = [
+        {"resolution": resolution, "cached": cached, "workers": 2, "samples_per_second": resolution * (1 + cached)}
+        for resolution in (1024, 512)
+        for cached in (False, True)
+    ]
+    measured = {"results": results, "worker_mib": [[1000, 2.5], [3000, 2.6]], "loader": rates}
+    lines = startup.report(measured).splitlines()
+    row = "| jsonl, 1,000 to 3,000 | 4.00 ms | 10.000 ms | 100.000 ms | 1.000 ms | 2.000 ms | 1000 s |"
+    assert row in lines and row.replace("jsonl", "folder") in lines
+    assert "| jsonl | 1.00 GiB | 2.00 |" in lines
+    assert "| cached, 2 workers | 1024 | 2048 |" in lines
+    assert "A worker's own memory: 2.5 MiB with 1,000 images, 2.6 with 3,000." in lines
+    startup.draw(measured, tmp_path / "startup.png")
+    with Image.open(tmp_path / "startup.png") as picture:
+        assert picture.width == 960 and len(picture.convert("RGB").getcolors(10**6)) > 50
+
+
+def test_the_loader_alone(pipeline, tmp_path):
+    """Cached tensors of SD3.5's size, or pictures, are loaded; and a worker counts what it has for itself."""
+    args = SimpleNamespace(folder=tmp_path, pipeline=pipeline, batches=1)
+    for cached in (True, False):
+        rate = startup.loader(args, 512, cached, 0, number=8)
+        assert rate["samples_per_second"] > 0 and rate["cached"] == cached
+    assert sum(path.stat().st_size for path in (tmp_path / "loader_512" / "cache").rglob("*")) > 8 * 3.2e6
+    assert 0 < startup.worker_memory(tmp_path / "index", 100) < 500
 
 
 def test_the_tables_are_those_of_the_results():

@@ -1,12 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """What reaches the model: images, captions and their order, from each data source, encoded online or from a cache."""
 
+import hashlib
+import importlib
 import io
 import json
 import logging
 import math
+import os
 import shlex
 import shutil
+import time
 import unicodedata
 from itertools import islice
 from pathlib import Path
@@ -18,12 +22,14 @@ import skimage.data
 import torch
 from accelerate import PartialState
 from diffusers import StableDiffusion3Pipeline
-from harness import PHOTOS, weights
+from harness import PHOTOS, cached, weights
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save, save_file
 
+import data_utils
 import train_sd3_soar as script
+from data_utils import Cache
 
 
 RED, GREEN, BLUE = (250, 10, 20), (10, 250, 20), (20, 10, 250)
@@ -482,7 +488,7 @@ def test_aspect_ratio_buckets(flags, samples, tmp_path, caplog):
     shapes = {"wide": (120, 60), "tall": (60, 120), "square": (80, 80), "wider": (160, 60)}
     folder = folder_of(tmp_path / "images", {f"{n}{i}.png": solid(RED, size=shapes[n]) for n in shapes for i in "01"})
     images = samples("--train_data_dir", folder, *flags, resolution=48)
-    sizes = {item["name"].rpartition("/")[2][:-5]: item["size"] for item in images.inspected}
+    sizes = {item["name"].rpartition("/")[2][:-5]: tuple(item["size"]) for item in images.inspected}
     assert sizes["wide"][0] < sizes["wide"][1] and sizes["tall"][0] > sizes["tall"][1]
     assert sizes["square"] == (48, 48)
     assert sizes["wider"][1] / sizes["wider"][0] >= sizes["wide"][1] / sizes["wide"][0]
@@ -490,7 +496,7 @@ def test_aspect_ratio_buckets(flags, samples, tmp_path, caplog):
         assert sizes == {"wide": (32, 64), "tall": (64, 32), "square": (48, 48), "wider": (32, 64)}
     assert all(side % 16 == 0 for size in sizes.values() for side in size)
     assert all(48 * 48 * 0.6 < height * width < 48 * 48 * 1.6 for height, width in sizes.values())
-    sampler = script.BucketBatchSampler([item["size"] for item in images.inspected], 2, seed=0)
+    sampler = script.BucketBatchSampler([tuple(item["size"]) for item in images.inspected], 2, seed=0)
     for keys in islice(sampler, 8):
         batch = script.collate([images[key] for key in keys])
         height, width = images.inspected[keys[0][0]]["size"]
@@ -620,11 +626,14 @@ def test_caches_are_keyed_by_content(change, flags, images, prompts, run, filled
 def test_an_interrupted_cache_is_completed(run, filled, encoded):
     """A file that is missing is made; a leftover of an interrupted writing is not taken for one."""
     cache, folder = filled
-    files = sorted((cache / "latents").rglob("*.safetensors"))
-    files[0].rename(f"{files[0]}.0123")
+    (file,) = (cache / "latents").iterdir()
+    entries = [(key, save(tensors)) for key, tensors in cached(cache / "latents").items()]
+    file.rename(file.with_suffix(".unfinished"))
+    Cache(cache, "latents").write(entries[1:])
     encoded.update(dict.fromkeys(encoded, 0))
     run(*CACHED, "--train_data_dir", folder, "--cache_dir", cache)
-    assert encoded == {"images": 1, "prompts": 0, "loadings": 0} and files[0].exists()
+    assert encoded == {"images": 1, "prompts": 0, "loadings": 0}
+    assert {key: save(tensors) for key, tensors in cached(cache / "latents").items()} == dict(entries)
 
 
 def test_cached_and_online_runs_agree(run, tmp_path):
@@ -659,7 +668,8 @@ def test_cached_latents_are_drawn_afresh(run, monkeypatch, tmp_path):
 def test_size_estimate_of_the_caches(flags, run, tmp_path, monkeypatch):
     """Exactly the bytes of the tensors: a disk with one byte less is refused, before anything is encoded."""
     files = run(*CACHED, *flags) / "cache"
-    size = sum(t.numel() * t.itemsize for f in files.rglob("*.safetensors") for t in load_file(f).values())
+    tensors = [t for kind in ("latents", "prompt_embeds") for ts in cached(files / kind).values() for t in ts.values()]
+    size = sum(tensor.numel() * tensor.itemsize for tensor in tensors)
     usage = shutil.disk_usage(tmp_path)
     again = ("--output_dir", tmp_path / "again", *flags)
 
@@ -669,9 +679,169 @@ def test_size_estimate_of_the_caches(flags, run, tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", free)
     with pytest.raises(SystemExit, match=f"--cache_dir {tmp_path / 'again' / 'cache'}.*GiB"):
         run(*CACHED, *again)
-    assert not list((tmp_path / "again").rglob("*.safetensors"))
+    assert {path.parent.name for path in (tmp_path / "again").rglob("*.arrow")} == {"checks"}
     size += 1
     run(*CACHED, *again)
+
+
+# What a start remembers
+
+
+@pytest.fixture
+def looked_at(monkeypatch):
+    """A list of the images that a run in this process decodes, by the digest of their bytes."""
+    seen, decode = [], data_utils.decode_image
+
+    def count(data):
+        seen.append(hashlib.sha256(data).hexdigest())
+        return decode(data)
+
+    for module in ("data_utils", "train_sd3_sft"):
+        monkeypatch.setattr(importlib.import_module(module), "decode_image", count)
+    return seen
+
+
+def put_back(folder):
+    """Another picture with the old one's time, as an unpacked archive has."""
+    times = os.stat(folder / "rocket.png")
+    change_image(folder, None)
+    os.utime(folder / "rocket.png", ns=(times.st_atime_ns, times.st_mtime_ns))
+
+
+def touch(folder):
+    (folder / "rocket.png").touch()
+
+
+def replace(folder):
+    shutil.copy(folder / "rocket.png", folder / "new")
+    os.replace(folder / "new", folder / "rocket.png")
+
+
+@pytest.mark.parametrize(
+    ("change", "flags", "again"),
+    [(None, [], 0), (touch, [], 1), (replace, [], 1), (put_back, [], 1), (None, ["--check_images"], 8)],
+)
+def test_images_are_looked_at_once(change, flags, again, run, filled, looked_at):
+    """A second start decodes only files that may be other ones; their cached latents are still found."""
+    cache, folder = filled
+    arguments = [*CACHED, "--cache_dir", cache, "--train_data_dir", folder, "--overwrite_output_dir"]
+    run(*arguments)  # `filled` has copied the files
+    looked_at.clear()
+    if change is not None:
+        time.sleep(0.02)
+        change(folder)
+    run(*arguments, *flags)
+    if change is put_back:  # another picture: looked_at to check it, and to encode it
+        assert len(looked_at) == 2 and len({*looked_at}) == 1
+    else:
+        assert len(looked_at) == again
+
+
+def test_a_bad_image_is_not_remembered(run, photos, tmp_path, looked_at):
+    """It may be mended, or its decoder installed. One line names the first, and says how many there are."""
+    folder = tmp_path / "images"
+    shutil.copytree(photos, folder)
+    for name in ("coffee.png", "rocket.png"):
+        (folder / name).write_bytes((folder / name).read_bytes()[:1000])
+    for attempts in (8 + 2, 2 + 2):  # good ones once; what is missing at the end, once more
+        looked_at.clear()
+        with pytest.raises(SystemExit, match="coffee.png cannot be read .*, nor can 1 more; mend it"):
+            run("train_sd3_sft", "--train_data_dir", folder, "--cache_dir", tmp_path / "cache")
+        assert len(looked_at) == attempts
+
+
+def test_data_sets_are_looked_at_once(run, photos, tmp_path, looked_at):
+    """By the data set's fingerprint and the row; other rows, another one."""
+    rows = [{"image": str(photos / f"{name}.png"), "text": text} for name, text in PHOTOS.items()]
+    features = datasets.Features({"image": datasets.Image(), "text": datasets.Value("string")})
+
+    def save_rows(rows):
+        datasets.Dataset.from_list(rows).cast(features).map(lambda row: row).to_parquet(
+            tmp_path / "data" / "a.parquet"
+        )
+
+    (tmp_path / "data").mkdir()
+    save_rows(rows)
+    arguments = ["train_sd3_sft", "--dataset_name", tmp_path / "data", "--cache_dir", tmp_path / "cache"]
+    arguments += ["--cache_latents", "--overwrite_output_dir", "--center_crop"]
+    run(*arguments)
+    assert len(looked_at) == 16  # checked, and encoded
+    looked_at.clear()
+    run(*arguments)
+    assert looked_at == []
+    save_rows(rows[1:])
+    run(*arguments)
+    assert len(looked_at) == 7  # of another data set, whose pictures are known
+
+
+def test_each_process_checks_its_share(samples, photos, looked_at, tmp_path):
+    """All images, each once; a process that finds a gap fills it."""
+    arguments = [
+        "--pretrained_model_name_or_path",
+        "x",
+        "--train_data_dir",
+        photos,
+        "--cache_dir",
+        tmp_path / "shared",
+    ]
+    args = script.parse_args([str(word) for word in arguments])
+    rows, counts = script.load_images(args), []
+    for process in (2, 0, 1):
+        looked_at.clear()
+        checks, bad = script.check_images(args, rows, process, 3)
+        counts.append(len(looked_at))
+        assert bad == {}
+    assert counts == [2, 3, 3] and (checks.find(rows["key"][:]) >= 0).all()
+    looked_at.clear()
+    assert script.check_images(args, rows)[1] == {} and looked_at == []
+
+
+@pytest.mark.parametrize("flags", [[], ["--aspect_ratio_buckets", "32,48;32,32", "--random_flip"]])
+def test_cache_batch_size(flags, run, photos, tmp_path, monkeypatch):
+    """Images of one size, and captions, are encoded together; that moves no value by more than 1e-5."""
+    import train_sd3_sft
+
+    shapes, encode_images = [], train_sd3_sft.encode_images
+
+    def see(vae, pixels, device):
+        shapes.append(tuple(pixels.shape))
+        return encode_images(vae, pixels, device)
+
+    monkeypatch.setattr(train_sd3_sft, "encode_images", see)
+    outs = {
+        size: run(*CACHED, *flags, "--cache_batch_size", size, "--output_dir", tmp_path / str(size)) for size in (1, 3)
+    }
+    images = 8 * (1 + ("--random_flip" in flags))
+    assert sum(shape[0] for shape in shapes) == 2 * images and len(shapes) < 2 * images and max(shapes)[0] == 3
+    for kind in ("latents", "prompt_embeds"):
+        one, three = (cached(out / "cache" / kind) for out in outs.values())
+        assert one.keys() == three.keys() and len(one) >= 8
+        for key, tensors in one.items():
+            for name, tensor in tensors.items():
+                torch.testing.assert_close(tensor, three[key][name], rtol=0, atol=1e-5)
+
+
+def test_caches_of_an_older_version_are_named(run, tmp_path, caplog):
+    (tmp_path / "cache" / "latents" / "0f").mkdir(parents=True)
+    run("train_sd3_sft", "--cache_latents", "--cache_dir", tmp_path / "cache")
+    assert f"{tmp_path}/cache/latents has folders 00 to ff of an older version" in caplog.text
+
+
+def test_captions_are_counted_once(run, tmp_path, monkeypatch, caplog):
+    """The same captions and the same length: the report is remembered."""
+    import train_sd3_sft
+
+    def counted(*flags):
+        calls.clear()
+        run("train_sd3_sft", "--cache_dir", tmp_path / "cache", "--overwrite_output_dir", *flags)
+        return len(calls)
+
+    calls, bar = [], train_sd3_sft.tqdm
+    see = lambda *inputs, **more: calls.append(more["desc"]) if "tokens" in more.get("desc", "") else None  # noqa: E731
+    monkeypatch.setattr(train_sd3_sft, "tqdm", lambda *inputs, **more: see(**more) or bar(*inputs, **more))
+    assert counted() == 2 and counted() == 0
+    assert counted("--max_sequence_length", 15) == 1 and counted("--no_text_encoder_3") == 0
+    assert caplog.text.count("that CLIP reads") == 4
 
 
 def test_truncated_captions_are_counted(run, tmp_path, caplog):
@@ -751,7 +921,7 @@ def test_a_strip_takes_no_memory(samples, tmp_path):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Image.Image, "resize", watch)
         for top, value in ((0, 0), (0.5, 125), (1, 249)):
-            pixels = images.pixels(0, top, 0.5, False).float()
+            pixels = images.pixels(images.inspected[0], top, 0.5, False).float()
             assert pixels.shape == (3, 256, 256) and abs(pixels.mean() - value) < 1
     assert sizes == [(256, 256)] * 3
 

@@ -24,6 +24,7 @@ from PIL import Image, ImageDraw, ImageFont
 from safetensors.torch import load_file, save_file
 
 import train_sd3_soar
+from data_utils import inspect_rows
 
 
 HERE = ROOT / "examples" / "evaluation"
@@ -381,7 +382,7 @@ def read_back(*arguments):
     """What the training scripts read: captions, sizes and digests, sorted."""
     args = train_sd3_soar.parse_args(["--pretrained_model_name_or_path", "x", *map(str, arguments)])
     rows = train_sd3_soar.load_images(args)
-    images = [train_sd3_soar.inspect_image(image) for image in rows["image"]]
+    images = inspect_rows(rows)
     read = zip(rows, images, strict=True)
     return sorted((row["captions"][0], row["height"], row["width"], image["digest"]) for row, image in read)
 

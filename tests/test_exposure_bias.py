@@ -351,6 +351,7 @@ def test_samples_are_encoded_in_batches_of_one_size(command, small_photos, tmp_p
     args = measure_exposure_bias.parse_args(command(*source, "--batch_size", 3))
     PartialState()  # the script's log asks for it
     model, rows = train_sd3_soar.check_model(args), train_sd3_soar.load_images(args)
+    args.cache_dir = tmp_path / "cache"
     images = train_sd3_soar.TrainingImages(args, rows, train_sd3_soar.inspect_images(args, model, rows), {})
     batches = measure_exposure_bias.encode_samples(args, model, images, torch.bfloat16, torch.device("cpu"))
     shapes = [tuple(batch["latents"].shape) for batch in batches]

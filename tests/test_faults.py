@@ -26,11 +26,12 @@ import pytest
 import torch
 from accelerate import Accelerator, PartialState
 from diffusers import SD3Transformer2DModel
-from harness import PHOTOS, ROOT, SCRIPTS, equal, finish, start, start_two, weights
+from harness import PHOTOS, ROOT, SCRIPTS, cached, equal, finish, start, start_two, weights
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 
 import train_sd3_soar
+from data_utils import Cache
 
 
 @pytest.fixture
@@ -394,8 +395,8 @@ def test_loss_that_is_not_finite(what, script, run, monkeypatch, tmp_path):
 def test_cached_latent_that_is_not_finite(run, tmp_path, photos):
     """The image is among the named ones."""
     out = run("train_sd3_sft", "--cache_latents", "--center_crop")
-    for file in (out / "cache" / "latents").rglob("*.safetensors"):
-        save_file({"moments": load_file(file)["moments"] * math.nan}, file)
+    cache = Cache(out / "cache" / "latents")
+    cache.write([(key, save({"moments": t["moments"] * math.nan})) for key, t in cached(cache.folder).items()])
     with pytest.raises(SystemExit, match=r"step 1: .*not finite.*Last checkpoint: none") as exit:
         run("train_sd3_sft", "--cache_latents", "--center_crop", "--overwrite_output_dir")
     assert sum(str(photos / f"{name}.png") in exit.value.code for name in PHOTOS) == 2
@@ -486,7 +487,9 @@ def test_two_runs_may_build_one_cache_at_once(arguments, run, tmp_path):
         finish(process, tmp_path / f"{name}.log")
     assert equal(tmp_path / "one", tmp_path / "two")
     files = [path for path in (tmp_path / "cache").rglob("*") if path.is_file()]
-    assert len(files) == 8 + 9 and all(path.suffix == ".safetensors" for path in files)
+    assert all(path.suffix == ".arrow" for path in files)
+    assert len(cached(tmp_path / "cache" / "latents")) == 8
+    assert len(cached(tmp_path / "cache" / "prompt_embeds")) == 9
 
 
 # Hostile data
@@ -577,7 +580,13 @@ def test_fuzzed_data_ends_in_a_message_or_a_counted_skip(kind, pipeline, tmp_pat
         folder = tmp_path / f"{kind}-{number}"
         folder.mkdir()
         arguments = [*write_case(folder, kind, rng), "--pretrained_model_name_or_path", pipeline]
-        arguments += ["--resolution", 32, *(["--skip_bad_images"] if rng.random() < 0.5 else [])]
+        arguments += [
+            "--cache_dir",
+            tmp_path / "cache",
+            "--resolution",
+            32,
+            *(["--skip_bad_images"] if rng.random() < 0.5 else []),
+        ]
         try:
             args = train_sd3_soar.parse_args([str(argument) for argument in arguments])
             model = train_sd3_soar.check_model(args)
@@ -605,7 +614,7 @@ def test_hostile_captions_train(run, photos, tmp_path):
             file.write(json.dumps({"md5": name, "caption_en": caption}) + "\n")
     data = ("--jsonl_path", tmp_path / "data.jsonl", "--image_dir", photos, "--cache_prompt_embeds")
     out = run("train_sd3_soar", *data, "--train_batch_size", 3)
-    assert len(list((out / "cache" / "prompt_embeds").rglob("*.safetensors"))) == 3  # the empty one is the null prompt
+    assert len(cached(out / "cache" / "prompt_embeds")) == 3  # the empty one is the null prompt
 
 
 def test_images_of_train_data_dir_may_not_lead_out_of_it(run, photos, tmp_path):

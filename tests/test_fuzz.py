@@ -160,7 +160,7 @@ def test_a_run_trains_what_the_folder_says(pipeline, tmp_path):
         flags, expected, ends = write_folder(folder, rng)
         command = [*flags, "--pretrained_model_name_or_path", pipeline, "--center_crop", "--resolution", 32]
         command += ["--seed", 0]
-        args = script.parse_args([str(word) for word in command])
+        args = script.parse_args([str(word) for word in [*command, "--cache_dir", tmp_path / "cache"]])
         try:
             rows = script.load_images(args)
             inspected = script.inspect_images(args, script.check_model(args), rows)

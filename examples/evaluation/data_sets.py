@@ -15,6 +15,8 @@ from PIL import Image
 from runs import script
 from tqdm.auto import tqdm
 
+from data_utils import inspect_image
+
 
 def add_data_arguments(parser):
     """The flags of the training scripts that name a data set."""
@@ -47,7 +49,7 @@ def read_data(args):
     """The rows of a data set, `list[dict]`: `file_name`, `text`, `captions`, `image`, `height` and `width`."""
     rows, table = [], script.load_images(args)
     for index, row in enumerate(tqdm(table, desc="Reading", unit="image")):
-        captions = row.pop("captions")
+        captions, _ = row.pop("captions"), row.pop("key")
         row["text"] = captions[0]  # what an image is scored by
         row["captions"] = captions[0] if len(captions) == 1 else captions
         row["file_name"] = name_of(args, index, row["image"])
@@ -158,7 +160,7 @@ def write_into(folder, args, rows, extra):
     with open(folder / name, "w", encoding="utf-8") as file:
         for row, fields in zip(tqdm(rows, desc="Writing", unit="image"), extra or [{}] * len(rows), strict=True):
             image = file_of(row)
-            found = script.inspect_image(image)
+            found = inspect_image(image)
             if "error" in found:
                 print(f"left out: {row['file_name']}: {found['error']}")
                 bad += 1
