@@ -178,31 +178,49 @@ def rollout_step(noisy_latents, velocity, sigma, sigma_next, mode="ode", noise_s
 
     Source: SOAR, arXiv 2604.12617; `flow_sde`: Flow-GRPO, arXiv 2505.05470; `cps`: arXiv 2509.05952.
     """
+    if mode != "ode" and step_noise is None:
+        raise ValueError(f"`step_noise` is required by mode '{mode}'.")
+    mean, std = step_distribution(noisy_latents, velocity, sigma, sigma_next, mode, noise_scale)
+    if mode == "ode":
+        return mean
+    _check_same_shape(noisy_latents=noisy_latents, step_noise=step_noise)
+    return mean + _per_sample(noisy_latents, std=std)[0] * step_noise.float()
+
+
+def step_distribution(noisy_latents, velocity, sigma, sigma_next, mode="ode", noise_scale=0.5):
+    """
+    Mean and standard deviation of the state after [`rollout_step`], over its `step_noise`.
+
+    Args:
+        noisy_latents, velocity, sigma, sigma_next, mode, noise_scale: See [`rollout_step`].
+
+    Returns:
+        `tuple[torch.Tensor, torch.Tensor]`: mean `(B, ...)` and standard deviation `(B,)`, float32.
+
+    Raises:
+        `ValueError`: If shapes disagree, or `mode` is unknown.
+    """
     if mode != "ode" and mode not in STOCHASTIC_ROLLOUTS:
         raise ValueError(f"`mode` must be 'ode' or one of {STOCHASTIC_ROLLOUTS}, got '{mode}'.")
     _check_same_shape(noisy_latents=noisy_latents, velocity=velocity)
     sigma, sigma_next = _per_sample(noisy_latents, sigma=sigma, sigma_next=sigma_next)
     x, v, d, s = noisy_latents.float(), velocity.float(), sigma_next - sigma, noise_scale
-    if mode == "ode":
-        return x + v * d
-
-    if step_noise is None:
-        raise ValueError(f"`step_noise` is required by mode '{mode}'.")
-    _check_same_shape(noisy_latents=noisy_latents, step_noise=step_noise)
-    e = step_noise.float()
-    if mode == "simple":
-        return x + v * d + s * d.abs().sqrt() * e
     data = x - sigma * v
-    if mode == "sde":
-        return (1 - sigma_next) * data + sigma_next * e
-    if mode == "flow_sde":
+    if mode == "ode":
+        mean, std = x + v * d, torch.zeros_like(d)
+    elif mode == "simple":
+        mean, std = x + v * d, s * d.abs().sqrt()
+    elif mode == "sde":
+        mean, std = (1 - sigma_next) * data, sigma_next
+    elif mode == "flow_sde":
         # The diffusion coefficient diverges at sigma = 1, where Flow-GRPO takes the next level of the grid instead.
         g = s * (sigma / (1 - torch.where(sigma == 1, sigma_next, sigma))).sqrt()
         drift = g**2 / (2 * sigma)
-        return x * (1 + drift * d) + v * (1 + drift * (1 - sigma)) * d + g * (-d).sqrt() * e
-    endpoint = x + (1 - sigma) * v  # "cps": part of the predicted noise is replaced by fresh noise of equal variance
-    h = sigma_next * math.sin(s * math.pi / 2)
-    return (1 - sigma_next) * data + (sigma_next**2 - h**2).sqrt() * endpoint + h * e
+        mean, std = x * (1 + drift * d) + v * (1 + drift * (1 - sigma)) * d, g * (-d).sqrt()
+    else:  # "cps": part of the predicted noise is replaced by fresh noise of equal variance
+        endpoint, std = x + (1 - sigma) * v, sigma_next * math.sin(s * math.pi / 2)
+        mean = (1 - sigma_next) * data + (sigma_next**2 - std**2).sqrt() * endpoint
+    return mean, std.flatten()
 
 
 def renoise(rollout_latents, noise, sigma_next, sigma_aux):

@@ -281,7 +281,7 @@ def main(args):
     if args.report_to != "none":
         tracked = {k: v if isinstance(v, (int, float, str)) else str(v) for k, v in vars(args).items()}
         with failing_with(f"--report_to {args.report_to}"):  # it may ask for a login
-            accelerator.init_trackers(Path(__file__).stem, tracked, {"wandb": {"dir": args.output_dir}})
+            accelerator.init_trackers(Path(sys.argv[0]).stem, tracked, {"wandb": {"dir": args.output_dir}})
     rows = run_on_each(accelerator, load_images, args)
     place = accelerator.process_index, accelerator.num_processes
     check_images(args, rows, *place, again=args.check_images)
@@ -1378,8 +1378,8 @@ def find_checkpoint(args):
         except (OSError, ValueError) as error:
             logger.info(f"Skipped {folder}, not a whole checkpoint: {error}")
             continue
-        if state["script"] != Path(__file__).name:
-            fail(f"--resume_from_checkpoint {folder}: written by {state['script']}, not by {Path(__file__).name}")
+        if state["script"] != Path(sys.argv[0]).name:
+            fail(f"--resume_from_checkpoint {folder}: written by {state['script']}, not by {Path(sys.argv[0]).name}")
         return str(folder), state
     if wanted != "latest":
         fail(f"--resume_from_checkpoint {wanted}: no whole checkpoint there or in {output}")
@@ -1417,7 +1417,7 @@ def make_trainer_state(args, global_batch_size, inspected):
     compared = json.loads(json.dumps(vars(args))) | {"global_batch_size": global_batch_size}
     compared |= {"data": contents.hexdigest()}
     compared |= {name: version(name) for name in ("accelerate", "diffusers", "torch", "transformers")}
-    return {"script": Path(__file__).name, "compared": compared, "changes": []}
+    return {"script": Path(sys.argv[0]).name, "compared": compared, "changes": []}
 
 
 def check_resume(checkpoint, before, now):
@@ -1626,20 +1626,20 @@ def publish(args, images, changes):
         license_name="stabilityai-ai-community",
         license_link="https://stability.ai/community-license-agreement",
         pipeline_tag="text-to-image",
-        tags=["text-to-image", "diffusers-training", "stable-diffusion-3", *Path(__file__).stem.split("_")[2:]],
+        tags=["text-to-image", "diffusers-training", "stable-diffusion-3", *Path(sys.argv[0]).stem.split("_")[2:]],
         widget=[{"text": prompt, "output": {"url": f"samples/{i}-0.png"}} for i, prompt in enumerate(images)] or None,
     )
     words = zip(sys.argv[1:], sys.argv, strict=False)  # each with the one before it
     command = shlex.join(word for word, last in words if "--hub_token" not in (word.split("=")[0], last))
     card = [
         f"---\n{data.to_yaml()}\n---",
-        f"# {title}\n\nTrained from {', '.join(f'`{name}`' for name in parents)} with `{Path(__file__).name}`.",
+        f"# {title}\n\nTrained from {', '.join(f'`{name}`' for name in parents)} with `{Path(sys.argv[0]).name}`.",
         *rows,
         "## Use\n\n```python\nimport torch\nfrom diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline\n\n"
         f"base, result = {base!r}, {title!r}  # `result` may also be a local folder\n{usage}\n"
         f"prompt = {next(iter(images), 'a prompt')!r}\n"
         f"image = pipeline(prompt, max_sequence_length={args.max_sequence_length}).images[0]\n```",
-        f"## Command\n\n```bash\naccelerate launch {Path(__file__).name} {command}\n```",
+        f"## Command\n\n```bash\naccelerate launch {Path(sys.argv[0]).name} {command}\n```",
         *changes,
         f"## Settings\n\n```json\n{(output / 'training_args.json').read_text()}\n```\n",
     ]

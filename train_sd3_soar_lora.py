@@ -343,7 +343,7 @@ def main(args):
     if args.report_to != "none":
         tracked = {k: v if isinstance(v, (int, float, str)) else str(v) for k, v in vars(args).items()}
         with failing_with(f"--report_to {args.report_to}"):  # it may ask for a login
-            accelerator.init_trackers(Path(__file__).stem, tracked, {"wandb": {"dir": args.output_dir}})
+            accelerator.init_trackers(Path(sys.argv[0]).stem, tracked, {"wandb": {"dir": args.output_dir}})
     rows = run_on_each(accelerator, load_images, args)
     place = accelerator.process_index, accelerator.num_processes
     check_images(args, rows, *place, again=args.check_images)
@@ -777,19 +777,25 @@ def trained_layers(args, config):
     return {name[1:]: args.rank * (w[0].numel() + len(w)) + args.use_dora * len(w) for name, w in layers.items()}
 
 
-def load_transformer(args, model_dir, weight_dtype, checkpoint=None):
+def load_transformer(args, model_dir, weight_dtype, checkpoint=None, merged=None):
     """
     The `SD3Transformer2DModel` to train: frozen in `weight_dtype`, quantised where asked, with a LoRA in float32; this
-    from `checkpoint`, which [`save_transformer`] wrote, where there is one.
+    from `checkpoint`, which [`save_transformer`] wrote, where there is one. A LoRA `merged` becomes a part of what is
+    frozen.
     """
+    source = {"weight_name": "pytorch_lora_weights.safetensors", "return_lora_metadata": True}
     bits = args.bnb_quantization_config_path
     options = {"subfolder": "transformer", "dtype": weight_dtype, "use_safetensors": True}
     options["variant"] = None if args.transformer else args.variant
     options["quantization_config"] = bits and diffusers.BitsAndBytesConfig(**json.loads(Path(bits).read_text()))
     transformer = SD3Transformer2DModel.from_pretrained(args.transformer or model_dir, **options).requires_grad_(False)
+    if merged:
+        state, metadata = StableDiffusion3Pipeline.lora_state_dict(merged, **source)
+        transformer.load_lora_adapter(state, metadata=metadata)
+        transformer.fuse_lora()
+        transformer.unload_lora()
     torch.manual_seed(args.seed)
     if started := checkpoint or args.lora:  # its file says what layers and ranks it has
-        source = {"weight_name": "pytorch_lora_weights.safetensors", "return_lora_metadata": True}
         state, metadata = StableDiffusion3Pipeline.lora_state_dict(started, **source)
         transformer.load_lora_adapter(state, adapter_name="default", metadata=metadata)
         if not getattr(transformer, "peft_config", None):  # diffusers only logs it
@@ -1487,8 +1493,8 @@ def find_checkpoint(args):
         except (OSError, ValueError) as error:
             logger.info(f"Skipped {folder}, not a whole checkpoint: {error}")
             continue
-        if state["script"] != Path(__file__).name:
-            fail(f"--resume_from_checkpoint {folder}: written by {state['script']}, not by {Path(__file__).name}")
+        if state["script"] != Path(sys.argv[0]).name:
+            fail(f"--resume_from_checkpoint {folder}: written by {state['script']}, not by {Path(sys.argv[0]).name}")
         return str(folder), state
     if wanted != "latest":
         fail(f"--resume_from_checkpoint {wanted}: no whole checkpoint there or in {output}")
@@ -1526,7 +1532,7 @@ def make_trainer_state(args, global_batch_size, inspected):
     compared = json.loads(json.dumps(vars(args))) | {"global_batch_size": global_batch_size}
     compared |= {"data": contents.hexdigest()}
     compared |= {name: version(name) for name in ("accelerate", "diffusers", "torch", "transformers")}
-    return {"script": Path(__file__).name, "compared": compared, "changes": []}
+    return {"script": Path(sys.argv[0]).name, "compared": compared, "changes": []}
 
 
 def check_resume(checkpoint, before, now):
@@ -1735,20 +1741,20 @@ def publish(args, images, changes):
         license_name="stabilityai-ai-community",
         license_link="https://stability.ai/community-license-agreement",
         pipeline_tag="text-to-image",
-        tags=["text-to-image", "diffusers-training", "stable-diffusion-3", *Path(__file__).stem.split("_")[2:]],
+        tags=["text-to-image", "diffusers-training", "stable-diffusion-3", *Path(sys.argv[0]).stem.split("_")[2:]],
         widget=[{"text": prompt, "output": {"url": f"samples/{i}-0.png"}} for i, prompt in enumerate(images)] or None,
     )
     words = zip(sys.argv[1:], sys.argv, strict=False)  # each with the one before it
     command = shlex.join(word for word, last in words if "--hub_token" not in (word.split("=")[0], last))
     card = [
         f"---\n{data.to_yaml()}\n---",
-        f"# {title}\n\nTrained from {', '.join(f'`{name}`' for name in parents)} with `{Path(__file__).name}`.",
+        f"# {title}\n\nTrained from {', '.join(f'`{name}`' for name in parents)} with `{Path(sys.argv[0]).name}`.",
         *rows,
         "## Use\n\n```python\nimport torch\nfrom diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline\n\n"
         f"base, result = {base!r}, {title!r}  # `result` may also be a local folder\n{usage}\n"
         f"prompt = {next(iter(images), 'a prompt')!r}\n"
         f"image = pipeline(prompt, max_sequence_length={args.max_sequence_length}).images[0]\n```",
-        f"## Command\n\n```bash\naccelerate launch {Path(__file__).name} {command}\n```",
+        f"## Command\n\n```bash\naccelerate launch {Path(sys.argv[0]).name} {command}\n```",
         *changes,
         f"## Settings\n\n```json\n{(output / 'training_args.json').read_text()}\n```\n",
     ]

@@ -13,14 +13,17 @@ fewest images is the images' cost.
 """
 
 import argparse
+import contextlib
 import hashlib
 import io
+import itertools
 import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -85,19 +88,26 @@ def make_data(kind, folder, number, side):
 
 
 def run(args, data, output, steps, *more):
-    """Seconds of a run, as the shell would see them, and GiB of memory at most of its processes."""
+    """Seconds of a run, as the shell would see them, and GiB of memory at most of its main process."""
     command = [sys.executable, ROOT / "train_sd3_sft.py", "--pretrained_model_name_or_path", args.pipeline, *data]
     command += ["--output_dir", output, "--max_train_steps", steps, "--train_batch_size", BATCH, "--seed", 0]
     command += ["--resolution", args.side, "--report_to", "none", *more]
     command += ["--max_sequence_length", 16, "--dataloader_num_workers", args.workers]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    started = time.perf_counter()
-    process = subprocess.Popen([str(word) for word in command], env=environment, stderr=subprocess.PIPE, text=True)
-    said = process.stderr.read()
-    _, status, usage = os.wait4(process.pid, 0)
-    if status:
-        sys.exit(f"error: {' '.join(map(str, command))}\n{said[-2000:]}")
-    return {"seconds": time.perf_counter() - started, "gib": usage.ru_maxrss / 2**20}
+    started, most = time.perf_counter(), 0
+    with tempfile.TemporaryFile("w+") as said:
+        process = subprocess.Popen([str(word) for word in command], env=environment, stderr=said)
+        while process.poll() is None:
+            # Not what `wait4` says: that has the memory of this process, from which the other was forked.
+            with contextlib.suppress(OSError):  # it has just ended
+                peak = re.search(r"VmHWM:\s+(\d+)", Path(f"/proc/{process.pid}/status").read_text())
+                most = max(most, int(peak[1]) if peak else 0)
+            time.sleep(0.05)
+        seconds = time.perf_counter() - started
+        if process.returncode:
+            said.seek(0)
+            sys.exit(f"error: {' '.join(map(str, command))}\n{said.read()[-2000:]}")
+    return {"seconds": seconds, "gib": most / 2**20}
 
 
 def measure(args, kind, number):
@@ -260,16 +270,19 @@ def main():
     if len(set(args.sizes)) < 2 or min(args.sizes) < BATCH:
         parser.error(f"--sizes {args.sizes}: give two or more, of at least {BATCH}")
     args.output.parent.mkdir(parents=True, exist_ok=True)
-    measured = {"cores": os.cpu_count(), "side": args.side, "results": [], "loader": []}
+    measured = {"cores": os.cpu_count(), "side": args.side, "results": []}
+    if args.output.exists():  # what is there is not run again
+        measured = json.loads(args.output.read_text())
     PartialState()  # the script's log asks for it
-    for resolution in (512, 1024):
-        for cached in (False, True):
-            for workers in (0, 2):
-                measured["loader"].append(loader(args, resolution, cached, workers))
-    numbers = min(args.sizes), max(args.sizes)
-    measured["worker_mib"] = [(number, worker_memory(args.folder / f"index_{number}", number)) for number in numbers]
+    if "loader" not in measured:
+        choices = itertools.product((512, 1024), (False, True), (0, 2))
+        measured["loader"] = [loader(args, *choice) for choice in choices]
+        numbers = min(args.sizes), max(args.sizes)
+        folders = [args.folder / f"index_{number}" for number in numbers]
+        measured["worker_mib"] = [*zip(numbers, map(worker_memory, folders, numbers), strict=True)]
+    done = {(result["kind"], result["images"]) for result in measured["results"]}
     for kind in args.kinds:
-        for number in tqdm(sorted(set(args.sizes)), desc=kind):
+        for number in tqdm(sorted({*args.sizes} - {images for name, images in done if name == kind}), desc=kind):
             measured["results"].append(measure(args, kind, number))
             args.output.write_text(json.dumps(measured, indent=1) + "\n")
     draw(measured, args.output.with_suffix(".png"))

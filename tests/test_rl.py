@@ -1,0 +1,520 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`examples/rl`: its losses against numbers of the authors' code; its runs: resumed, shared out, from any start."""
+
+import ast
+import contextlib
+import functools
+import json
+import math
+import re
+import shlex
+import shutil
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from harness import ROOT, equal, finish, reset_accelerate, start_two, weights
+from PIL import Image
+
+import soar_utils
+
+
+sys.path.insert(0, str(ROOT / "examples" / "rl"))
+import train_sd3_flow_grpo_lora as grpo  # noqa: E402
+import train_sd3_nft_lora as nft  # noqa: E402
+
+import train_sd3_soar_lora as script  # noqa: E402
+
+
+DATA = ROOT / "tests" / "data"
+
+
+def tensors(value):
+    if isinstance(value, dict) and value.keys() == {"shape", "data"}:
+        return torch.tensor(value["data"]).view(value["shape"])
+    return {key: tensors(item) for key, item in value.items()} if isinstance(value, dict) else value
+
+
+VECTORS = {name: tensors(json.loads((DATA / f"{name}_a.json").read_text())) for name in ("nft", "flow_grpo")}
+
+
+def redness(images, rows):
+    """How red each picture is."""
+    return [image.getpixel((5, 5))[0] / 255 - image.getpixel((5, 5))[2] / 255 for image in images]
+
+
+def constant(images, rows):
+    return [0.25 for _ in images]
+
+
+def of_the_dog(images, rows):
+    """A reward that tells the pictures of one prompt apart, and all others not."""
+    return [score if "dog" in row["text"] else 0.5 for score, row in zip(redness(images, rows), rows, strict=True)]
+
+
+def not_a_number(images, rows):
+    return [math.nan for _ in images]
+
+
+def too_few(images, rows):
+    return [1.0 for _ in images[1:]]
+
+
+def raising(images, rows):
+    raise RuntimeError("the reader is broken")
+
+
+@pytest.fixture
+def train(pipeline, tmp_path, monkeypatch):
+    """Train in this process: `train("--reward", "test_rl:constant=1", method=grpo)` returns the output folder."""
+    (tmp_path / "prompts.txt").write_text("a red square\na dog\n\na house by the sea\n")
+    monkeypatch.chdir(ROOT / "tests")
+
+    def run(*arguments, method=nft):
+        arguments = [str(word) for word in arguments]
+        defaults = {
+            "--pretrained_model_name_or_path": pipeline,
+            "--prompts": tmp_path / "prompts.txt",
+            "--reward": "test_rl:redness=1",
+            "--output_dir": tmp_path / "out",
+            "--cache_dir": tmp_path / "cache",
+            "--resolution": 32,
+            "--max_sequence_length": 16,
+            "--train_batch_size": 4,
+            "--num_groups": 2,
+            "--group_size": 4,
+            "--num_rollout_steps": 3,
+            "--max_train_steps": 2,
+            "--learning_rate": 3e-3,
+            "--seed": 0,
+            "--report_to": "none",
+        }
+        for flag, value in defaults.items():
+            if flag not in arguments:
+                arguments += [flag, str(value)]
+        reset_accelerate()
+        monkeypatch.setattr(sys, "argv", [nft.Path(method.__file__).name, *arguments])
+        args = method.parse_args(arguments)
+        method.run(args)
+        return nft.Path(args.output_dir)
+
+    return run
+
+
+@pytest.fixture
+def logs(monkeypatch):
+    """What runs log, a `dict` a step."""
+    from accelerate import Accelerator
+
+    values = []
+    monkeypatch.setattr(Accelerator, "log", lambda self, logs, step=None, **_: values.append(logs))
+    return values
+
+
+@pytest.fixture
+def forwards(monkeypatch):
+    """The samples of each forward of the transformer, and whether it keeps a graph."""
+    seen, predict = [], script.predict_velocity
+
+    def count(transformer, batch, states, sigma, *inputs, **more):
+        seen.append((len(states), torch.is_grad_enabled()))
+        return predict(transformer, batch, states, sigma, *inputs, **more)
+
+    monkeypatch.setattr(script, "predict_velocity", count)
+    return seen
+
+
+# The method
+
+
+@pytest.mark.parametrize("case", ["loss", "on_policy"])
+def test_loss_and_gradient_are_the_authors(case):
+    """The policy loss, the distance from the start, and the gradient of their sum."""
+    given, wanted = VECTORS["nft"][case]["inputs"], VECTORS["nft"][case]["outputs"]
+    velocity = given["v"].clone().requires_grad_()
+    inputs = given["latents"], given["noise"], given["sigma"], given["advantages"].clamp(-5, 5), given["nft_beta"]
+    losses = nft.nft_losses(velocity, given["v_old"], *inputs)
+    close = {"rtol": 1e-5, "atol": 1e-6}
+    torch.testing.assert_close(losses.mean().item(), wanted["policy_loss"], **close)
+    kl = soar_utils.flow_matching_loss(velocity, given["v_ref"]).mean()
+    torch.testing.assert_close(kl.item(), wanted["kl_div_loss"], **close)
+    (losses.mean() + given["kl_beta"] * kl).backward()
+    torch.testing.assert_close(velocity.grad, wanted["grad_of_total_loss_wrt_v"], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("beta", [0.1, 1.0, 3.0])
+def test_first_gradient_is_the_advantage_times_flow_matching(beta):
+    """For every beta, where the trained policy still is the old one; so it is 0 for a picture like its group."""
+    torch.manual_seed(0)
+    latents, noise, old = (torch.randn(5, 4, 6, 6) for _ in range(3))
+    sigma, advantages = torch.rand(5).clamp(min=0.1), torch.tensor([-5.0, -1.2, 0.0, 0.4, 5.0])
+    velocity = old.clone().requires_grad_()
+    nft.nft_losses(velocity, old, latents, noise, sigma, advantages, beta).sum().backward()
+    twin, target = old.clone().requires_grad_(), noise - latents
+    error = (sigma.view(-1, 1, 1, 1) * (old - target)).abs().mean((1, 2, 3))
+    (advantages * soar_utils.flow_matching_loss(twin, target, sigma**2 / error)).sum().backward()
+    torch.testing.assert_close(velocity.grad, twin.grad, rtol=1e-4, atol=1e-6)
+    assert velocity.grad[2].abs().max() < 1e-6 < twin.grad[3].abs().max()
+
+
+@pytest.mark.parametrize(("mode", "case"), [("flow_sde", "sde_step"), ("cps", "cps_step")])
+def test_transition_and_its_probability_are_the_authors(mode, case):
+    """In the middle, at sigma = 1, and at the last step; and the gradient of the log-probability."""
+    given, wanted = VECTORS["flow_grpo"][case]["inputs"], VECTORS["flow_grpo"][case]["outputs"]
+    levels = given["sigma"], given["sigma_next"]
+    close = {"rtol": 1e-4, "atol": 1e-5}
+    for policy in ("old", "new", "ref"):
+        velocity = given[f"model_output_{policy}"].clone().requires_grad_()
+        mean, std = soar_utils.step_distribution(given["sample"], velocity, *levels, mode, given["noise_level"])
+        torch.testing.assert_close(mean, wanted[f"prev_sample_mean_{policy}"], **close)
+        deviation = wanted["std_dev_t"] * (wanted["sqrt_minus_dt"] if mode == "flow_sde" else 1)
+        torch.testing.assert_close(std, deviation.flatten(), **close)
+        last = (std == 0) & (mode == "flow_sde")
+        log_probs = grpo.log_probabilities(mode, mean, std, wanted["prev_sample"])
+        torch.testing.assert_close(log_probs[~last], wanted[f"log_prob_{policy}"][~last], rtol=1e-5, atol=1e-5)
+    velocity = given["model_output_new"].clone().requires_grad_()
+    mean, std = soar_utils.step_distribution(given["sample"], velocity, *levels, mode, given["noise_level"])
+    grpo.log_probabilities(mode, mean, std, wanted["prev_sample"]).sum().backward()
+    gradient = wanted["grad_of_sum_log_prob_new_wrt_model_output_new"]
+    torch.testing.assert_close(velocity.grad, gradient, rtol=1e-3, atol=1e-5)
+
+
+def test_clipped_loss_is_the_authors():
+    """The mean over samples, every branch of the clip, and the gradient to the log-probabilities."""
+    case = VECTORS["flow_grpo"]["policy_loss"]["clip_branches"]
+    given, wanted = case["inputs"], case["outputs"]
+    log_probs = given["log_prob_new"].clone().requires_grad_()
+    losses, ratio = grpo.clipped_losses(
+        log_probs, given["log_prob_old"], given["advantages"].clamp(-5, 5), given["clip_range"]
+    )
+    torch.testing.assert_close(ratio, wanted["ratio"], rtol=1e-6, atol=0)
+    assert losses.mean().item() == pytest.approx(wanted["policy_loss"], abs=1e-6)
+    assert ((ratio - 1).abs() > given["clip_range"]).float().mean() == wanted["clipfrac"]
+    losses.mean().backward()
+    torch.testing.assert_close(log_probs.grad, wanted["grad_of_loss_wrt_log_prob_new"], rtol=1e-5, atol=1e-7)
+
+
+def one_update(step, advantages, predict, sigmas, **flags):
+    """The terms and the gradient of Flow-GRPO's update on one noisy step `(k, before, after, old log-probability)`."""
+    defaults = {"kl_weight": 0.0, "clip_range": 1e-4, "sde_type": "flow_sde", "sde_noise_scale": 0.7}
+    args = SimpleNamespace(**(defaults | {"rollout_guidance": 1.0} | flags))
+    pictures = [({}, (0, 0, i)) for i in range(len(advantages))]
+    part = SimpleNamespace(pictures=pictures, batches=[[*range(len(pictures))]], records=[[step]], equal=True)
+    part.advantages = advantages
+    contexts = contextlib.nullcontext
+    return list(grpo.policy_losses(args, predict, None, contexts, part, sigmas, contexts))
+
+
+@pytest.mark.parametrize("index", range(3))
+def test_loss_and_distance_from_the_start_are_the_authors(index):
+    """Of one step of the sampler: where the policy has moved, and how far it is from the start."""
+    case, loss = VECTORS["flow_grpo"]["sde_step"], VECTORS["flow_grpo"]["policy_loss"]
+    given, found = case["inputs"], case["outputs"]
+    some = slice(index, index + 1)
+    sigmas = torch.stack([given["sigma"][index], given["sigma_next"][index]])
+    policies = iter([given["model_output_ref"][some], given["model_output_new"][some]])
+    step = 0, given["sample"][some], found["prev_sample"][some], found["log_prob_old"][some]
+    advantages = loss["inputs"]["advantages"][some].clamp(-5, 5)
+    flags = {"kl_weight": loss["inputs"]["beta"], "clip_range": loss["inputs"]["clip_range"]}
+    ((total, shares),) = one_update(step, advantages, lambda *_, **__: next(policies), sigmas, **flags)
+    wanted = torch.maximum(loss["outputs"]["unclipped_loss"], loss["outputs"]["clipped_loss"])[index]
+    torch.testing.assert_close(shares["policy_loss"], wanted, rtol=1e-4, atol=1e-6)
+    distance = (found["prev_sample_mean_new"] - found["prev_sample_mean_ref"]).square().mean((1, 2, 3))
+    kl = (distance / (2 * found["std_dev_t"].flatten() ** 2))[index]
+    torch.testing.assert_close(shares["kl"], kl, rtol=1e-3, atol=1e-9)
+    torch.testing.assert_close(total, wanted + flags["kl_weight"] * kl, rtol=1e-4, atol=1e-6)
+
+
+def test_first_gradient_is_the_advantage_times_that_of_the_probability():
+    torch.manual_seed(0)
+    states, noise, old = (torch.randn(4, 4, 6, 6) for _ in range(3))
+    sigmas, advantages = torch.tensor([0.7, 0.5]), torch.tensor([-5.0, -0.3, 0.0, 2.0])
+    levels = (level.expand(4) for level in sigmas)
+    velocity = old.clone().requires_grad_()
+    mean, std = soar_utils.step_distribution(states, velocity, *levels, "flow_sde", 0.7)
+    following = (mean + std.view(-1, 1, 1, 1) * noise).detach()
+    log_probs = grpo.log_probabilities("flow_sde", mean, std, following)
+    (wanted,) = torch.autograd.grad((-advantages * log_probs).sum() / 4, velocity)
+    twin = old.clone().requires_grad_()
+    step = 0, states, following, log_probs.detach()
+    ((loss, shares),) = one_update(step, advantages, lambda *_, **__: twin, sigmas)
+    loss.backward()
+    torch.testing.assert_close(twin.grad, wanted, rtol=1e-5, atol=1e-9)
+    assert shares["ratio_error"] == 0 and (twin.grad[2] == 0).all() and shares["policy_loss"] == -advantages.mean()
+
+
+@pytest.mark.parametrize(("scale", "name"), [("group", "per_prompt_std"), ("global", "global_std")])
+def test_advantages_are_the_authors(scale, name):
+    """Of groups in any order; a constant one has none."""
+    given, wanted = VECTORS["flow_grpo"]["advantages"]["inputs"], VECTORS["flow_grpo"]["advantages"]["outputs"]
+    prompts = given["prompts"]
+    order = sorted(range(len(prompts)), key=lambda i: prompts[i])
+    sizes = [prompts.count(prompt) for prompt in sorted({*prompts})]
+    rewards = given["rewards"].double()[order]
+    found = nft.advantages_of(rewards, sizes, scale)
+    torch.testing.assert_close(found, wanted[f"advantages_{name}"].double()[order].clamp(-5, 5), rtol=1e-5, atol=1e-6)
+    assert (nft.advantages_of(torch.full((6,), 0.1), [3, 3], scale) == 0).all()
+    assert (nft.advantages_of(torch.tensor([0.1, 0.1, 0.1, 0.0, 0.7, 0.2]), [3, 3], scale)[:3] == 0).all()
+
+
+def test_every_prompt_comes_once_a_pass(train):
+    args = SimpleNamespace(seed=3, num_groups=4)
+    places, numbers = zip(*(pair for step in range(7) for pair in nft.groups_of(args, 7, step)), strict=True)
+    assert places == tuple(range(28))
+    passes = [numbers[i : i + 7] for i in range(0, 28, 7)]
+    assert all(sorted(part) == [*range(7)] for part in passes) and len({*passes}) > 1
+
+
+def test_every_picture_trains_its_noise_levels():
+    """Each as many different ones as asked for, never the sampler's last; all where all are asked for."""
+    for levels in (2, 5):
+        args = SimpleNamespace(seed=0, num_rollout_steps=6, num_train_sigmas=levels, train_batch_size=4)
+        terms = nft.training_terms(args, range(1, 12, 2), [(0, i, i) for i in range(12)])
+        pairs = [pair for term in terms for pair in zip(*term, strict=True)]
+        assert max(len(of) for of, _ in terms) == 4 and len({*pairs}) == len(pairs) == 6 * levels
+        assert {i for i, _ in pairs} == {*range(1, 12, 2)} and {level for _, level in pairs} <= {*range(5)}
+
+
+# Runs
+
+
+GRPO = ["--rollout_guidance", 1, "--kl_weight", 0, "--adam_epsilon", 1e-15]
+
+
+@pytest.mark.parametrize(("method", "flags"), [(nft, []), (grpo, [*GRPO, "--num_rollout_steps", 4])])
+def test_reward_rises(method, flags, train, logs):
+    flags = [
+        *flags,
+        "--num_groups",
+        4,
+        "--group_size",
+        8,
+        "--train_batch_size",
+        16,
+        "--max_train_steps",
+        15,
+        "--learning_rate",
+        1e-2,
+    ]
+    train(*flags, method=method)
+    rewards = torch.tensor([log["reward"] for log in logs])
+    first, last = rewards[:5], rewards[-5:]
+    error = math.hypot(first.std() / 5**0.5, last.std() / 5**0.5)
+    assert last.mean() - first.mean() > 3 * error
+
+
+@pytest.mark.parametrize(("method", "flags"), [(nft, ["--old_start", 9]), (grpo, ["--kl_weight", 0])])
+def test_equal_rewards_train_nothing(method, flags, train, logs, forwards):
+    """The gradient is 0, exactly; and costs no forward as long as the policies are equal."""
+    train("--reward", "test_rl:constant=1", *flags, method=method)
+    assert [log["grad_norm"] for log in logs] == [0.0, 0.0]
+    assert all(log["equal_groups"] == 1 and log["reward"] == 0.25 for log in logs)
+    assert not any(grad for _, grad in forwards)
+
+
+def test_what_a_step_costs(train, logs, forwards):
+    """Forwards of a picture: the sampler's; one a noise level; the old policy's once it differs; the start's."""
+    flags = ["--old_start", 1, "--old_rate", 0.1, "--num_train_sigmas", 2, "--kl_weight", 0.1, "--max_train_steps", 3]
+    train(*flags)
+    graphs = sum(size for size, grad in forwards if grad)
+    others = sum(size for size, grad in forwards if not grad)
+    assert graphs == 3 * 8 * 2  # steps, pictures, noise levels
+    # drawn in 3 steps; the start; and the old one in the third step, when it has begun to follow
+    assert others == 3 * 8 * 3 + 3 * 8 * 2 + 1 * 8 * 2
+    assert [log["old_decay"] for log in logs] == [0, 0.1, 0.2]
+
+
+@pytest.mark.parametrize(("guidance", "kl_weight"), [(1, 0), (4.5, 0), (4.5, 0.04)])
+def test_what_a_step_of_flow_grpo_costs(guidance, kl_weight, train, logs, forwards):
+    """Of a picture: the sampler's steps; all but the last with a graph, and for the start; twice where guided."""
+    flags = ["--rollout_guidance", guidance, "--kl_weight", kl_weight, "--num_rollout_steps", 4]
+    train(*flags, "--max_train_steps", 1, method=grpo)
+    branches = 1 if guidance == 1 else 2
+    assert sum(size for size, grad in forwards if grad) == 8 * 3 * branches
+    assert sum(size for size, grad in forwards if not grad) == 8 * branches * (4 + (3 if kl_weight else 0))
+    if kl_weight:
+        assert logs[0]["kl"] == 0
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+@pytest.mark.parametrize("sde_type", ["flow_sde", "cps"])
+def test_ratio_is_exactly_one_at_the_first_update(precision, sde_type, train, logs):
+    """The same function on the same batches of the same float32 states; and not at the second."""
+    flags = ["--mixed_precision", precision, "--sde_type", sde_type, "--num_updates", 2, "--max_train_steps", 1]
+    train(*flags, "--clip_range", 1e-9, "--adam_epsilon", 1e-15, method=grpo)
+    second = logs[-1]
+    logs.clear()
+    flags[flags.index("--num_updates") + 1] = 1
+    train(*flags, "--overwrite_output_dir", method=grpo)
+    assert logs[-1]["ratio_error"] == logs[-1]["clipped"] == 0 < second["ratio_error"]
+
+
+def test_a_window_of_all_steps_but_the_last_is_none(train, tmp_path):
+    flags = [*GRPO, "--num_rollout_steps", 4]
+    plain = train(*flags, "--output_dir", tmp_path / "plain", method=grpo)
+    flags += ["--sde_window_size", 3, "--sde_window_range", 0, 3]
+    assert equal(plain, train(*flags, "--output_dir", tmp_path / "window", method=grpo))
+
+
+def test_a_window_moves_and_costs_less(train, logs, forwards):
+    """Its steps alone are noisy and trained; each rollout draws its place from the seed."""
+    args = SimpleNamespace(seed=0, num_rollout_steps=10, sde_window_size=3, sde_window_range=[1, 6])
+    windows = {tuple(grpo.noisy_steps(args, step)) for step in range(50)}
+    assert windows == {(1, 2, 3), (2, 3, 4), (3, 4, 5)}
+    train(*GRPO, *"--num_rollout_steps 10 --sde_window_size 3 --max_train_steps 1".split(), method=grpo)
+    assert sum(size for size, grad in forwards if grad) == 8 * 3
+    assert sum(size for size, grad in forwards if not grad) == 8 * 10
+
+
+def test_the_two_scripts_differ_in_the_algorithm_alone():
+    """So `diff` shows it: `sample`, `policy_losses`, what these call, arguments and docstring."""
+    sources = []
+    for method in (nft, grpo):
+        text = nft.Path(method.__file__).read_text()
+        tree = ast.parse(text)
+        parts = {getattr(node, "name", None) or ast.unparse(node): node for node in tree.body[1:]}
+        sources.append({name: ast.get_source_segment(text, node) for name, node in parts.items()})
+    both = sources[0].keys() & sources[1].keys()
+    different = {name for name in both if sources[0][name] != sources[1][name]}
+    assert different == {"parse_args", "sample", "policy_losses", "is_free", "old_decay"}
+    assert sources[0].keys() - both == {"nft_losses", "training_terms"}
+    assert sources[1].keys() - both == {"log_probabilities", "clipped_losses", "noisy_steps", "transition"}
+
+
+def test_leaving_out_what_has_no_advantage_changes_nothing(train, logs, forwards, monkeypatch, tmp_path):
+    flags = ["--reward", "test_rl:of_the_dog=1", "--num_groups", 3, "--old_start", 9, "--train_batch_size", 4]
+    lean = train(*flags, "--output_dir", tmp_path / "lean")
+    assert {round(log["equal_groups"], 3) for log in logs} == {0.667}
+    seen = len(forwards)
+    monkeypatch.setattr(nft, "is_free", lambda *_: False)
+    assert equal(lean, train(*flags, "--output_dir", tmp_path / "all"))
+    assert sum(grad for _, grad in forwards[:seen]) * 3 == sum(grad for _, grad in forwards[seen:])
+
+
+NFT = ["--old_rate", 0.2, "--kl_weight", 0.01]
+
+
+@pytest.mark.parametrize(
+    ("method", "flags"), [(nft, ["--num_updates", 1, *NFT]), (nft, ["--num_updates", 2, *NFT]), (grpo, [])]
+)
+def test_resumed_run_ends_with_the_same_bits(method, flags, train, tmp_path):
+    """The trained policy, the old one, the optimizer; pictures and rewards depend on their place in the run alone."""
+    train = functools.partial(train, method=method)
+    flags = [*flags, "--checkpointing_steps", 1]
+    whole = train(*flags, "--max_train_steps", 3, "--output_dir", tmp_path / "whole")
+    shutil.copytree(whole / "checkpoint-2", tmp_path / "parts" / "checkpoint-2")
+    flags += ["--max_train_steps", 3, "--output_dir", tmp_path / "parts", "--resume_from_checkpoint", "latest"]
+    parts = train(*flags)
+    assert equal(whole, parts) and equal(whole / "checkpoint-3", parts / "checkpoint-3")
+    assert not equal(whole / "checkpoint-2", whole / "checkpoint-3")
+    with pytest.raises(SystemExit, match="num_groups was 2 there and is 1 now"):
+        train(*flags, "--num_groups", 1)
+    with pytest.raises(SystemExit, match="advantage_scale was global there and is group now"):
+        train(*flags, "--advantage_scale", "group")
+
+
+@pytest.mark.parametrize(("method", "flags"), [(nft, NFT), (grpo, [])])
+def test_two_processes_train_what_one_trains(method, flags, train, tmp_path, pipeline):
+    """Up to the order of float32 sums: each has its share of the groups, and of every update."""
+    flags = [*flags, "--num_updates", 2, "--max_train_steps", 2, "--adam_epsilon", 1e-3]
+    one = train(*flags, "--output_dir", tmp_path / "one", method=method)
+    arguments = [word.replace(str(tmp_path / "one"), str(tmp_path / "two")) for word in sys.argv[1:]]
+    for process in start_two(method.__name__, arguments, tmp_path / "two.log"):
+        finish(process, tmp_path / "two.log")
+    two = weights(tmp_path / "two")
+    for name, tensor in weights(one).items():
+        torch.testing.assert_close(tensor, two[name], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("start", ["base", "transformer", "lora"])
+def test_a_run_starts_where_another_ended(start, train, run, logs, forwards, tmp_path, monkeypatch):
+    """A full fine-tune or a LoRA, merged into what is frozen: "without the new LoRA" is the start, not the base."""
+    flags, drawn = ["--kl_weight", 1.0, "--max_train_steps", 1], []
+    if start == "transformer":
+        flags += ["--transformer", run("train_sd3_soar", "--output_dir", tmp_path / "start", "--learning_rate", 0.02)]
+    if start == "lora":
+        more = ["--rank", 2, "--learning_rate", 0.1, "--output_dir", tmp_path / "start"]
+        flags += ["--lora", run("train_sd3_soar_lora", *more)]
+    decode = nft.decode
+    monkeypatch.setattr(nft, "decode", lambda vae, latents: drawn.append(latents) or decode(vae, latents))
+    logs.clear()
+    out = train(*flags)
+    assert logs[0]["kl"] == 0 and logs[0]["grad_norm"] > 0  # a new LoRA begins with none of its own
+    first, drawn[:] = torch.cat(drawn), []
+    if start == "lora":
+        assert f"It lies on top of the LoRA `{tmp_path / 'start'}`" in (out / "README.md").read_text()
+    train("--max_train_steps", 1, "--output_dir", tmp_path / "from_the_base")
+    assert torch.equal(first, torch.cat(drawn)) == (start == "base")
+
+
+def test_what_a_run_leaves(train, pipeline):
+    """A LoRA that pipelines load, a card with the method's name, and the best, median and worst picture."""
+    from trained import load_trained
+
+    out = train("--picture_steps", 2, "--validation_prompt", "a dog", "--num_inference_steps", 2)
+    assert {"pytorch_lora_weights.safetensors", "README.md", "samples"} <= {path.name for path in out.iterdir()}
+    card = (out / "README.md").read_text()
+    assert "with `train_sd3_nft_lora.py`" in card and "- nft" in card
+    assert load_trained(pipeline, lora=out).transformer.peft_config
+    with Image.open(out / "rollouts" / "step-2.png") as sheet:
+        assert sheet.size == (480, 200) and not (out / "rollouts" / "step-1.png").exists()
+
+
+# Bad input
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--reward", "test_rl:raising=1"], "--reward test_rl:raising: the reader is broken"),
+        (["--reward", "test_rl:not_a_number=1"], r"--reward test_rl:not_a_number gave \[NaN"),
+        (["--reward", "test_rl:too_few=1"], r"--reward test_rl:too_few gave \[1.0, 1.0, 1.0\] for 4 pictures"),
+        (["--reward", "beauty=1"], "--reward beauty: want one of ocr, geneval"),
+        (["--reward", "test_rl:none=1"], "--reward test_rl:none: module 'test_rl' has no attribute 'none'"),
+        (["--reward", "ocr=1"], "--reward ocr: the prompt 'a red square' has no text in double quotes"),
+        (["--held_out_prompts", "{folder}/prompts.txt"], "has 3 prompts of .*prompts.txt, such as 'a red square'"),
+        (["--prompts", "{folder}/empty.txt"], "empty.txt has none"),
+        (["--prompts", "{folder}/bad.jsonl"], "bad.jsonl, line 1 has no `prompt`"),
+    ],
+)
+def test_one_line_for_a_mistake(flags, message, train, tmp_path):
+    """Before any model loads, but for what only a picture shows; and no reward is silently 0."""
+    (tmp_path / "empty.txt").write_text("\n")
+    (tmp_path / "bad.jsonl").write_text('{"text": ""}\n')
+    with pytest.raises(SystemExit, match=message) as ended:
+        train(*(flag.format(folder=tmp_path) for flag in flags))
+    assert str(ended.value).startswith("error: ") and "\n" not in str(ended.value)
+    assert not (tmp_path / "out" / "pytorch_lora_weights.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--reward", "redness"], "--reward redness: want NAME=WEIGHT"),
+        (["--prompts", "nowhere.txt"], "--prompts nowhere.txt: no such file"),
+        (["--num_train_sigmas", "3"], "--num_train_sigmas 3: at most --num_rollout_steps less one"),
+        (["--num_updates", "3"], "--group_size 4 cannot be shared out to --num_updates 3"),
+        (["--trajectory_length", "3"], "unknown arguments: --trajectory_length"),
+        (["--sde_window_size", "6"], "--sde_window_size 6 is longer than --sde_window_range"),
+        (["--sde_window_size", "2", "--num_rollout_steps", "5"], "--sde_window_range ends before"),
+    ],
+)
+def test_one_line_for_a_wrong_flag(flags, message, train, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        train(*flags, method=grpo if "--sde_window_size" in flags else nft)
+    assert message in capsys.readouterr().err
+
+
+def test_commands_of_the_documents(tmp_path, monkeypatch):
+    """Those of the README and of each script's docstring."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("prompts.txt", "test_prompts.txt"):
+        (tmp_path / name).write_text("a prompt\n")
+    texts = [(ROOT / "examples" / "rl" / "README.md").read_text(), nft.__doc__, grpo.__doc__]
+    pattern = r"(train_sd3_\w+)\.py\s+(--.*)"
+    found = re.findall(pattern, re.sub(r"\\\n\s*", " ", "\n".join(texts)))
+    assert len(found) == 4
+    for name, arguments in found:
+        args = {"train_sd3_nft_lora": nft, "train_sd3_flow_grpo_lora": grpo}[name].parse_args(shlex.split(arguments))
+        assert args.reward and args.output_dir.startswith("sd3-")
