@@ -87,6 +87,24 @@ def outcome(row, detections):
     return correct, strict
 
 
+def soft(row, detections):
+    return geneval.soft_score(geneval.select(detections, row["tag"]), row, tell_colors)
+
+
+def test_soft_score_rises_with_every_step():
+    """1 where everything is right; a part for a part; below 0 for far too many; a failed relation counts half."""
+    assert all(soft(row, perfect(row)) == 1 for row in ROWS)
+    assert soft(TWO, {"tv": [thing()]}) == 0.5 and soft(TWO, {}) == 0
+    assert soft(COUNTING, {"clock": [thing()]}) == 0.5 and soft(COUNTING, {"clock": [thing()] * 5}) == -0.5
+    assert soft(COLOR, {"fire hydrant": [thing(color="red")]}) == 0.5  # one, of another colour
+    assert soft(COLOR, {}) == 0 and soft(COLOR, {"fire hydrant": [thing(color="blue")] * 2}) == 0
+    reverse = {"couch": [thing(160)], "dog": [thing(100)]}
+    assert soft(RIGHT, reverse) == pytest.approx((1 + 1 + 0 + 1) / 4)
+    assert soft(RIGHT, {"dog": [thing()]}) == pytest.approx((0 + 1 + 0 + 1) / 4)
+    half = perfect(ATTRIBUTES) | {"apple": [thing(color="green")]}
+    assert soft(ATTRIBUTES, half) == pytest.approx(3 / 4)
+
+
 def check_row(row):
     """What is just right scores 1; each single thing that is amiss scores 0; one object more is a strict 0."""
     assert outcome(row, perfect(row)) == (True, True), row
@@ -515,7 +533,7 @@ def test_scores_images(detector, clip):
     assert [row["score"] for row in rows] == [1, 0] and rows[0]["strict"] == (len(group) == 1)
     assert json.loads(json.dumps(rows)) == rows == scorer([images[0]] * 2, [record, other])
     for row in rows:
-        assert row.keys() == {"score", "strict", "tag", "reason", "detections"} and row["tag"] == "colors"
+        assert row.keys() == {"score", "strict", "soft", "tag", "reason", "detections"} and row["tag"] == "colors"
         assert {d["class"] for d in row["detections"]} == set(found[0])
     assert rows[1]["reason"].endswith(f"found {color}")
     with pytest.raises(ValueError, match="class 'unicorn' is none"):

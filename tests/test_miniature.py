@@ -61,6 +61,19 @@ def test_other_prompts_score_little():
     assert np.mean(hits) < 0.1
 
 
+def test_rewards_of_what_is_drawn(tmp_path):
+    """True pictures of the prompts' own files get 1, others' little; a broken one, half."""
+    for module, part in ((world, "train"), (words, "train")):
+        module.write_prompts(tmp_path / "prompts.jsonl", part, 2)
+        prompts, rows = module.read_prompts(tmp_path / "prompts.jsonl")
+        truth = [module.draw_truth(prompt, random.Random(i)) for i, prompt in enumerate(prompts)]
+        assert module.reward(truth, rows) == [1.0] * len(rows)
+        assert np.mean(module.reward(truth[1:] + truth[:1], rows)) < 0.5
+    things = [world.Thing("square", "red", world.CELLS[0]), world.Thing("circle", "blue", world.CELLS[-1])]
+    row = {"task": "colors", "things": [["square", "red"]], "relation": None}
+    assert world.reward([world.draw(things), world.draw(things[1:])], [row, row]) == [0.5, 0.0]
+
+
 def test_near_misses_score_zero():
     """One thing wrong: the shape, the colour, the number, the side, half an object, one object more (strict)."""
     counted = {"wrong": 0, "more": 0, "broken": 0}

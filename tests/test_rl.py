@@ -471,6 +471,8 @@ def test_what_a_run_leaves(train, pipeline):
         (["--reward", "test_rl:not_a_number=1"], r"--reward test_rl:not_a_number gave \[NaN"),
         (["--reward", "test_rl:too_few=1"], r"--reward test_rl:too_few gave \[1.0, 1.0, 1.0\] for 4 pictures"),
         (["--reward", "beauty=1"], "--reward beauty: want one of ocr, geneval"),
+        (["--reward", "ocr_soft=1"], "--reward ocr_soft: want one of ocr, geneval.*, geneval_soft"),
+        (["--reward", "geneval_soft=1"], "--reward geneval_soft: .*no `include`"),
         (["--reward", "test_rl:none=1"], "--reward test_rl:none: module 'test_rl' has no attribute 'none'"),
         (["--reward", "ocr=1"], "--reward ocr: the prompt 'a red square' has no text in double quotes"),
         (["--held_out_prompts", "{folder}/prompts.txt"], "has 3 prompts of .*prompts.txt, such as 'a red square'"),

@@ -188,6 +188,40 @@ def judge(objects, record, classify):
     return not wrong, not wrong and not too_many, "; ".join(wrong or too_many)
 
 
+def soft_score(objects, record, classify):
+    """
+    Flow-GRPO's reward of GenEval, which rises with every step toward what is asked for.
+
+    The mean of, for each clause of `include`, how near its number of objects is, `1 - |found - count| / count`; and,
+    where it has a colour or a relation, 0 if the number is wrong, else `1 - |of the colour - count| / count`, and 1
+    for a relation that holds. One that does not counts 0 and 1, as in Flow-GRPO's code.
+
+    Args:
+        objects, record, classify: See [`judge`].
+
+    Returns:
+        `float`: 1 for a picture that is right; there is no lower bound, as too many objects count below 0.
+
+    Source: Flow-GRPO, arXiv 2505.05470, https://github.com/yifan123/flow_grpo.
+    """
+    scores, groups = [], []
+    for clause in record["include"]:
+        group, count = objects.get(clause["class"], []), clause["count"]
+        groups.append(group if len(group) == count else None)
+        scores.append(1 - abs(len(group) - count) / count)
+        if len(group) != count:
+            scores += [0.0] if clause.get("color") or clause.get("position") else []
+            continue
+        if clause.get("color"):
+            scores.append(1 - abs(classify(group, clause["class"]).count(clause["color"]) - count) / count)
+        if clause.get("position"):
+            relation, target = clause["position"]
+            pairs = itertools.product(group, groups[target] or [])
+            holds = groups[target] and all(relation in relations(box, other) for (box, *_), (other, *_) in pairs)
+            scores += [1.0] if holds else [0.0, 1.0]
+    return float(np.mean(scores))
+
+
 def task_means(rows, key="score"):
     """
     GenEval's result.
@@ -353,8 +387,9 @@ class GenEval:
             records (`list[dict]`): For each its prompt's row of GenEval's metadata: `tag`, `include`, `exclude`.
 
         Returns:
-            `list[dict]`: `score` and `strict`, each 1.0 or 0.0; `tag`; `reason`, see [`judge`]; and `detections`, all
-            that counted, each with `class`, `confidence` and `box`, `[x0, y0, x1, y1]` in pixels.
+            `list[dict]`: `score` and `strict`, each 1.0 or 0.0; `soft`, see [`soft_score`]; `tag`; `reason`, see
+            [`judge`]; and `detections`, all that counted, each with `class`, `confidence` and `box`, in pixels
+            `[x0, y0, x1, y1]`.
 
         Raises:
             `ValueError`: See [`check_record`].
@@ -365,6 +400,7 @@ class GenEval:
             objects = select(self.detect(image), record["tag"])
             correct, strict, reason = judge(objects, record, partial(self.classify, image))
             row = {"score": float(correct), "strict": float(strict), "tag": record["tag"], "reason": reason}
+            row["soft"] = soft_score(objects, record, partial(self.classify, image))
             row["detections"] = [
                 {"class": name, "confidence": round(confidence, 4), "box": box}
                 for name, group in objects.items()

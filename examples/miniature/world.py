@@ -354,7 +354,20 @@ def write_prompts(path, part, count):
 def read_prompts(path):
     """The prompts of a file of [`write_prompts`], and its records: `tuple[list[Prompt], list[dict]]`."""
     records = [json.loads(line) for line in path.read_text().splitlines()]
-    return [Prompt(r["task"], tuple(Thing(*thing) for thing in r["things"]), r["relation"]) for r in records], records
+    return [prompt_of(record) for record in records], records
+
+
+def prompt_of(record):
+    """The `Prompt` of a record of [`write_prompts`]."""
+    return Prompt(record["task"], tuple(Thing(*thing) for thing in record["things"]), record["relation"])
+
+
+def reward(images, rows):
+    """
+    For `--reward world:reward=1` of ../rl, in this folder, on prompts of [`write_prompts`]: 1 for a picture that shows
+    what is asked for and nothing else, 1/2 for one that shows more or something broken, 0 for any other.
+    """
+    return [sum(score(prompt_of(row), *detect(image))) / 2 for image, row in zip(images, rows, strict=True)]
 
 
 def outcomes(prompts, images):

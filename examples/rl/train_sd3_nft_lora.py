@@ -550,19 +550,20 @@ def load_rewards(args, device, rows):
             with script.failing_with(f"--reward {name}"):
                 sys.path.insert(0, os.getcwd())
                 rewards[name] = float(weight), getattr(importlib.import_module(module), function)
-        elif name in scoring.METRICS:
+        elif (metric := name.removesuffix("_soft")) in scoring.METRICS and name in (metric, "geneval_soft"):
             try:
-                scorer = scoring.load_scorer(name, device, rows)
+                scorer = scoring.load_scorer(metric, device, rows)
             except scoring.Unavailable as error:
                 script.fail(f"--reward {name}: {error}")
-            rewards[name] = float(weight), functools.partial(scores_of, scorer)
+            rewards[name] = float(weight), functools.partial(scores_of, scorer, "score" if name == metric else "soft")
         else:
-            script.fail(f"--reward {name}: want one of {', '.join(scoring.METRICS)}, or module:function")
+            known = ", ".join([*scoring.METRICS, "geneval_soft"])
+            script.fail(f"--reward {name}: want one of {known}, or module:function")
     return rewards
 
 
-def scores_of(scorer, images, rows):
-    return [found["score"] for found in scorer(images, rows)]
+def scores_of(scorer, key, images, rows):
+    return [found[key] for found in scorer(images, rows)]
 
 
 @torch.no_grad()
