@@ -240,7 +240,7 @@ class Cache:
         return read_file(self.files[number])[batch]
 
     def write(self, entries):
-        """Write pairs of key and bytes, as they come; killed, it loses those of the last two minutes at most."""
+        """Write pairs of key and bytes as they come. An error ends it, and they stay; a kill costs two minutes'."""
         for old in self.folder.glob("*.unfinished"):
             with contextlib.suppress(FileNotFoundError):  # where another run removes it, too
                 if time.time() - old.stat().st_mtime > 3600:
@@ -248,15 +248,20 @@ class Cache:
         entries, schema = iter(entries), pyarrow.schema({"value": pyarrow.large_binary()})
         for entry in entries:
             unfinished = self.folder / f"{time.time_ns():020}-{uuid.uuid4().hex}.unfinished"
-            keys, started = [], time.monotonic()
+            keys, started, ended = [], time.monotonic(), None
             with open(unfinished, "wb") as file, pyarrow.ipc.new_file(file, schema) as writer:
-                for key, value in itertools.chain([entry], entries):
-                    writer.write(record_batch(value, schema))
-                    keys.append(key)
-                    if len(keys) == CACHE_FILE_SIZE or time.monotonic() - started > 120:
-                        break
+                try:
+                    for key, value in itertools.chain([entry], entries):
+                        writer.write(record_batch(value, schema))
+                        keys.append(key)
+                        if len(keys) == CACHE_FILE_SIZE or time.monotonic() - started > 120:
+                            break
+                except BaseException as error:  # also Ctrl-C: what there is is kept
+                    ended = error
                 writer.write(record_batch(json.dumps(keys).encode(), schema))
             os.replace(unfinished, unfinished.with_suffix(".arrow"))
+            if ended is not None:
+                raise ended
         self.refresh()
 
 
@@ -279,4 +284,4 @@ def open_file(path):
     try:
         return pyarrow.ipc.open_file(pyarrow.memory_map(path))
     except (OSError, pyarrow.ArrowException) as error:
-        raise ValueError(f"{path} is damaged, delete it: {error}") from error
+        raise ValueError(f"{path} is damaged, delete it: {error}") from None

@@ -1295,7 +1295,7 @@ def digest_encoders(args, model_dir, weight_dtype):
     parts = ["vae", *text_parts(args.no_text_encoder_3)]
     paths = [path for part in parts for path in Path(model_dir, part).rglob("*") if path.is_file()]
     unknown = [path for path in paths if known.find(file_key(path)) < 0]
-    known.write(map(read, tqdm(unknown, desc="Reading the encoders' files", unit="file", leave=False)))
+    known.write(map(read, tqdm(unknown, "Reading the encoders' files", leave=False, unit="file", disable=not unknown)))
     text = digest(digests(*parts[1:]), args.max_sequence_length, str(weight_dtype), args.no_text_encoder_3)
     return {"vae": digest(digests("vae")), "text": text}
 
@@ -1359,12 +1359,12 @@ def plan_caches(args, train_dataset, model_config, weight_dtype, prompts, proces
 
 def build_caches(args, accelerator, train_dataset, model_dir, model_config, vae, weight_dtype, prompts):
     """Encode what [`plan_caches`] lists, each process its share, and keep it for this and every later run."""
-    device, place = accelerator.device, (accelerator.process_index, accelerator.num_processes)
-    inputs = args, train_dataset, model_config, weight_dtype, prompts, *place
-    latents, embeds = run_on_each(accelerator, plan_caches, *inputs)
+    device, place, processes = accelerator.device, accelerator.process_index, accelerator.num_processes
+    inputs = args, train_dataset, model_config, weight_dtype, prompts
+    latents, embeds = run_on_each(accelerator, plan_caches, *inputs, place, processes)
 
     def entries(batches, what, encode):
-        for keys, contents in tqdm(batches, desc=f"Caching {what}", unit="batch", disable=place[0] > 0):
+        for keys, contents in tqdm(batches, desc=f"Caching {what}", unit="batch", disable=place > 0):
             tensors = {name: tensor.cpu() for name, tensor in encode(contents).items()}
             for i, key in enumerate(keys):
                 yield key, save({name: tensor[i].contiguous() for name, tensor in tensors.items()})
@@ -1376,12 +1376,14 @@ def build_caches(args, accelerator, train_dataset, model_dir, model_config, vae,
             train_dataset.latents.write(encoded)
     if embeds:
         text_encoders = load_text_encoders(args, model_dir, weight_dtype, model_config["joint_attention_dim"], device)
-        inputs = args.max_sequence_length, device
+        length = args.max_sequence_length
         batches = [tuple(map(list, zip(*batch, strict=True))) for batch in embeds]
-        encoded = entries(batches, "captions", lambda texts: encode_prompts(text_encoders, texts, *inputs))
+        encoded = entries(batches, "captions", lambda texts: encode_prompts(text_encoders, texts, length, device))
         train_dataset.embeds.write(encoded)
     accelerator.wait_for_everyone()
     train_dataset.see_caches()
+    if processes > 1 and any(plan_caches(*inputs, (place + 1) % processes, processes)):  # of its neighbour
+        fail(f"--cache_dir {args.cache_dir}: all processes must see the same folder, on several machines a shared one")
 
 
 def embed_prompts(args, train_dataset, model_dir, model_config, weight_dtype, prompts, device):

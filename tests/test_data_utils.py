@@ -134,6 +134,35 @@ def test_a_slow_writer_leaves_files_on_its_way(tmp_path, monkeypatch):
     check(cache, range(10))
 
 
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError])
+def test_what_was_written_before_an_error_is_kept(error, tmp_path):
+    def entries():
+        for key in keys_of(range(5)):
+            yield key, value_of(key)
+        raise error("in the middle")
+
+    with pytest.raises(error, match="in the middle"):
+        Cache(tmp_path).write(entries())
+    check(Cache(tmp_path), range(5))
+    assert [path.suffix for path in tmp_path.iterdir()] == [".arrow"]
+
+
+def test_a_full_disk_leaves_no_file_that_counts(tmp_path, monkeypatch):
+    write(tmp_path, range(3))
+    record_batch, written = data_utils.record_batch, []
+
+    def full(value, schema):
+        written.append(value)
+        if len(written) > 2:
+            raise OSError(28, "No space left on device")
+        return record_batch(value, schema)
+
+    monkeypatch.setattr(data_utils, "record_batch", full)
+    with pytest.raises(OSError, match="No space left"):
+        write(tmp_path, range(10, 20))
+    check(Cache(tmp_path), range(3))
+
+
 def test_many_writers_killed_at_any_moment(tmp_path, monkeypatch):
     """What is there is whole; what was being written can be told from it, and goes when it is old."""
     monkeypatch.setattr(data_utils, "CACHE_FILE_SIZE", 7)
