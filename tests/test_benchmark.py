@@ -330,6 +330,12 @@ def test_the_loader_alone(pipeline, tmp_path):
     assert 0 < startup.worker_memory(tmp_path / "index", 100) < 500
 
 
+def test_the_start_is_that_of_the_results():
+    """Every table of the README's section is what `startup.py --report` makes of the committed results."""
+    measured = json.loads((BENCHMARK / "results" / "startup.json").read_text())
+    assert startup.report(measured) in (BENCHMARK / "README.md").read_text()
+
+
 def test_the_tables_are_those_of_the_results():
     """Every table of the benchmark's README is what `report_benchmark.py` makes of the committed results."""
     command = [sys.executable, str(BENCHMARK / "report_benchmark.py"), str(BENCHMARK / "results"), "--no_picture"]

@@ -717,24 +717,39 @@ def replace(folder):
     os.replace(folder / "new", folder / "rocket.png")
 
 
-@pytest.mark.parametrize(
-    ("change", "flags", "again"),
-    [(None, [], 0), (touch, [], 1), (replace, [], 1), (put_back, [], 1), (None, ["--check_images"], 8)],
-)
-def test_images_are_looked_at_once(change, flags, again, run, filled, looked_at):
-    """A second start decodes only files that may be other ones; their cached latents are still found."""
+@pytest.mark.parametrize(("change", "again"), [(None, 0), (touch, 1), (replace, 1), (put_back, 1)])
+def test_only_what_may_have_changed_is_looked_at_again(change, again, filled, looked_at):
+    """A file that was touched, replaced by its copy, or by another with the old one's times; all, if asked for."""
     cache, folder = filled
-    arguments = [*CACHED, "--cache_dir", cache, "--train_data_dir", folder, "--overwrite_output_dir"]
-    run(*arguments)  # `filled` has copied the files
-    looked_at.clear()
+    arguments = ["--pretrained_model_name_or_path", "x", "--train_data_dir", folder, "--cache_dir", cache]
+    args = script.parse_args([str(word) for word in arguments])
+
+    def looks(**more):
+        looked_at.clear()
+        assert script.check_images(args, script.load_images(args), **more)[1] == {}
+        return len(looked_at)
+
+    assert looks() == 8 and looks() == 0  # `filled` has copied the files
     if change is not None:
         time.sleep(0.02)
         change(folder)
-    run(*arguments, *flags)
-    if change is put_back:  # another picture: looked_at to check it, and to encode it
-        assert len(looked_at) == 2 and len({*looked_at}) == 1
-    else:
-        assert len(looked_at) == again
+    assert looks() == again and looks() == 0 and looks(again=True) == 8
+
+
+def test_images_are_looked_at_once(run, filled, looked_at):
+    """A second start decodes nothing, and finds the latents; what has changed is decoded to check and to encode it."""
+    cache, folder = filled
+    arguments = [*CACHED, "--cache_dir", cache, "--train_data_dir", folder, "--overwrite_output_dir"]
+    run(*arguments)
+    for change, decodings in ((None, 0), (put_back, 2)):
+        looked_at.clear()
+        if change is not None:
+            change(folder)
+        run(*arguments)
+        assert len(looked_at) == decodings
+    looked_at.clear()
+    run(*arguments, "--check_images")
+    assert len(looked_at) == 8
 
 
 def test_a_bad_image_is_not_remembered(run, photos, tmp_path, looked_at):

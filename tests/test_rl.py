@@ -103,16 +103,6 @@ def train(pipeline, tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def logs(monkeypatch):
-    """What runs log, a `dict` a step."""
-    from accelerate import Accelerator
-
-    values = []
-    monkeypatch.setattr(Accelerator, "log", lambda self, logs, step=None, **_: values.append(logs))
-    return values
-
-
-@pytest.fixture
 def forwards(monkeypatch):
     """The samples of each forward of the transformer, and whether it keeps a graph."""
     seen, predict = [], script.predict_velocity
@@ -283,7 +273,7 @@ GRPO = ["--rollout_guidance", 1, "--kl_weight", 0, "--adam_epsilon", 1e-15]
 
 
 @pytest.mark.parametrize(("method", "flags"), [(nft, []), (grpo, [*GRPO, "--num_rollout_steps", 4])])
-def test_reward_rises(method, flags, train, logs):
+def test_reward_rises(method, flags, train, logged):
     flags = [
         *flags,
         "--num_groups",
@@ -298,22 +288,22 @@ def test_reward_rises(method, flags, train, logs):
         1e-2,
     ]
     train(*flags, method=method)
-    rewards = torch.tensor([log["reward"] for log in logs])
+    rewards = torch.tensor([log["reward"] for log in logged])
     first, last = rewards[:5], rewards[-5:]
     error = math.hypot(first.std() / 5**0.5, last.std() / 5**0.5)
     assert last.mean() - first.mean() > 3 * error
 
 
 @pytest.mark.parametrize(("method", "flags"), [(nft, ["--old_start", 9]), (grpo, ["--kl_weight", 0])])
-def test_equal_rewards_train_nothing(method, flags, train, logs, forwards):
+def test_equal_rewards_train_nothing(method, flags, train, logged, forwards):
     """The gradient is 0, exactly; and costs no forward as long as the policies are equal."""
     train("--reward", "test_rl:constant=1", *flags, method=method)
-    assert [log["grad_norm"] for log in logs] == [0.0, 0.0]
-    assert all(log["equal_groups"] == 1 and log["reward"] == 0.25 for log in logs)
+    assert [log["grad_norm"] for log in logged] == [0.0, 0.0]
+    assert all(log["equal_groups"] == 1 and log["reward"] == 0.25 for log in logged)
     assert not any(grad for _, grad in forwards)
 
 
-def test_what_a_step_costs(train, logs, forwards):
+def test_what_a_step_costs(train, logged, forwards):
     """Forwards of a picture: the sampler's; one a noise level; the old policy's once it differs; the start's."""
     flags = ["--old_start", 1, "--old_rate", 0.1, "--num_train_sigmas", 2, "--kl_weight", 0.1, "--max_train_steps", 3]
     train(*flags)
@@ -322,11 +312,11 @@ def test_what_a_step_costs(train, logs, forwards):
     assert graphs == 3 * 8 * 2  # steps, pictures, noise levels
     # drawn in 3 steps; the start; and the old one in the third step, when it has begun to follow
     assert others == 3 * 8 * 3 + 3 * 8 * 2 + 1 * 8 * 2
-    assert [log["old_decay"] for log in logs] == [0, 0.1, 0.2]
+    assert [log["old_decay"] for log in logged] == [0, 0.1, 0.2]
 
 
 @pytest.mark.parametrize(("guidance", "kl_weight"), [(1, 0), (4.5, 0), (4.5, 0.04)])
-def test_what_a_step_of_flow_grpo_costs(guidance, kl_weight, train, logs, forwards):
+def test_what_a_step_of_flow_grpo_costs(guidance, kl_weight, train, logged, forwards):
     """Of a picture: the sampler's steps; all but the last with a graph, and for the start; twice where guided."""
     flags = ["--rollout_guidance", guidance, "--kl_weight", kl_weight, "--num_rollout_steps", 4]
     train(*flags, "--max_train_steps", 1, method=grpo)
@@ -334,20 +324,20 @@ def test_what_a_step_of_flow_grpo_costs(guidance, kl_weight, train, logs, forwar
     assert sum(size for size, grad in forwards if grad) == 8 * 3 * branches
     assert sum(size for size, grad in forwards if not grad) == 8 * branches * (4 + (3 if kl_weight else 0))
     if kl_weight:
-        assert logs[0]["kl"] == 0
+        assert logged[0]["kl"] == 0
 
 
 @pytest.mark.parametrize("precision", ["no", "bf16"])
 @pytest.mark.parametrize("sde_type", ["flow_sde", "cps"])
-def test_ratio_is_exactly_one_at_the_first_update(precision, sde_type, train, logs):
+def test_ratio_is_exactly_one_at_the_first_update(precision, sde_type, train, logged):
     """The same function on the same batches of the same float32 states; and not at the second."""
     flags = ["--mixed_precision", precision, "--sde_type", sde_type, "--num_updates", 2, "--max_train_steps", 1]
     train(*flags, "--clip_range", 1e-9, "--adam_epsilon", 1e-15, method=grpo)
-    second = logs[-1]
-    logs.clear()
+    second = logged[-1]
+    logged.clear()
     flags[flags.index("--num_updates") + 1] = 1
     train(*flags, "--overwrite_output_dir", method=grpo)
-    assert logs[-1]["ratio_error"] == logs[-1]["clipped"] == 0 < second["ratio_error"]
+    assert logged[-1]["ratio_error"] == logged[-1]["clipped"] == 0 < second["ratio_error"]
 
 
 def test_a_window_of_all_steps_but_the_last_is_none(train, tmp_path):
@@ -357,7 +347,7 @@ def test_a_window_of_all_steps_but_the_last_is_none(train, tmp_path):
     assert equal(plain, train(*flags, "--output_dir", tmp_path / "window", method=grpo))
 
 
-def test_a_window_moves_and_costs_less(train, logs, forwards):
+def test_a_window_moves_and_costs_less(train, logged, forwards):
     """Its steps alone are noisy and trained; each rollout draws its place from the seed."""
     args = SimpleNamespace(seed=0, num_rollout_steps=10, sde_window_size=3, sde_window_range=[1, 6])
     windows = {tuple(grpo.noisy_steps(args, step)) for step in range(50)}
@@ -382,10 +372,10 @@ def test_the_two_scripts_differ_in_the_algorithm_alone():
     assert sources[1].keys() - both == {"log_probabilities", "clipped_losses", "noisy_steps", "transition"}
 
 
-def test_leaving_out_what_has_no_advantage_changes_nothing(train, logs, forwards, monkeypatch, tmp_path):
+def test_leaving_out_what_has_no_advantage_changes_nothing(train, logged, forwards, monkeypatch, tmp_path):
     flags = ["--reward", "test_rl:of_the_dog=1", "--num_groups", 3, "--old_start", 9, "--train_batch_size", 4]
     lean = train(*flags, "--output_dir", tmp_path / "lean")
-    assert {round(log["equal_groups"], 3) for log in logs} == {0.667}
+    assert {round(log["equal_groups"], 3) for log in logged} == {0.667}
     seen = len(forwards)
     monkeypatch.setattr(nft, "is_free", lambda *_: False)
     assert equal(lean, train(*flags, "--output_dir", tmp_path / "all"))
@@ -428,7 +418,7 @@ def test_two_processes_train_what_one_trains(method, flags, train, tmp_path, pip
 
 
 @pytest.mark.parametrize("start", ["base", "transformer", "lora"])
-def test_a_run_starts_where_another_ended(start, train, run, logs, forwards, tmp_path, monkeypatch):
+def test_a_run_starts_where_another_ended(start, train, run, logged, forwards, tmp_path, monkeypatch):
     """A full fine-tune or a LoRA, merged into what is frozen: "without the new LoRA" is the start, not the base."""
     flags, drawn = ["--kl_weight", 1.0, "--max_train_steps", 1], []
     if start == "transformer":
@@ -438,9 +428,9 @@ def test_a_run_starts_where_another_ended(start, train, run, logs, forwards, tmp
         flags += ["--lora", run("train_sd3_soar_lora", *more)]
     decode = nft.decode
     monkeypatch.setattr(nft, "decode", lambda vae, latents: drawn.append(latents) or decode(vae, latents))
-    logs.clear()
+    logged.clear()
     out = train(*flags)
-    assert logs[0]["kl"] == 0 and logs[0]["grad_norm"] > 0  # a new LoRA begins with none of its own
+    assert logged[0]["kl"] == 0 and logged[0]["grad_norm"] > 0  # a new LoRA begins with none of its own
     first, drawn[:] = torch.cat(drawn), []
     if start == "lora":
         assert f"It lies on top of the LoRA `{tmp_path / 'start'}`" in (out / "README.md").read_text()

@@ -20,6 +20,7 @@ from soar_utils import (
     rollout_step,
     shift_sigma,
     sigma_to_timestep,
+    step_distribution,
     unshift_sigma,
 )
 
@@ -189,6 +190,16 @@ def test_stochastic_steps_keep_the_marginals(mode):
     assert abs(rollout.std().item() - sigma_next.item()) < 0.01
 
 
+@pytest.mark.parametrize("mode", ["ode", *STOCHASTIC_ROLLOUTS])
+def test_step_is_its_mean_and_as_much_noise_as_it_says(state, mode):
+    """Bit for bit; of the ODE step the deviation is 0, of the others it is not."""
+    step = state["latents"], state["velocity"], state["sigma"], state["sigma_next"], mode, 0.5
+    mean, std = step_distribution(*step)
+    noise = torch.randn(SHAPE)
+    assert std.shape == (SHAPE[0],) and (std > 0).all() == (mode != "ode")
+    assert torch.equal(rollout_step(*step, noise), mean + std.view(-1, *[1] * (len(SHAPE) - 1)) * noise)
+
+
 def test_flow_sde_is_finite_at_pure_noise(state):
     x = rollout_step(state["noise"], state["velocity"], torch.ones(5), next_sigma(torch.ones(5), 40, 3.0), "flow_sde",
                      0.5, torch.randn(SHAPE))  # fmt: skip
@@ -209,6 +220,7 @@ CALLS = {
     "add_noise": lambda a, b, s, r: add_noise(a, b, s),
     "apply_guidance": lambda a, b, s, r: apply_guidance(a, b, 4.5),
     "rollout_step ode": lambda a, b, s, r: rollout_step(a, b, s, r),
+    "step_distribution mean": lambda a, b, s, r: step_distribution(a, b, s, r, "cps")[0],
     **{
         f"rollout_step {mode}": lambda a, b, s, r, mode=mode: rollout_step(a, b, s, r, mode, 0.5, a)
         for mode in STOCHASTIC_ROLLOUTS

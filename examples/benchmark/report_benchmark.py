@@ -136,7 +136,7 @@ def main():
     parser.add_argument("results", type=Path, help="Folder of JSON files.")
     parser.add_argument("--no_picture", action="store_true")
     args = parser.parse_args()
-    documents = {path.stem: json.loads(path.read_text()) for path in sorted(args.results.glob("*.json"))}
+    documents = {path.stem: json.loads(path.read_text()) for path in sorted(args.results.glob("*_*.json"))}
     if not documents:
         parser.error(f"{args.results} holds no results: run examples/benchmark/run.sh first")
     runs = [document for document in documents.values() if "run" in document]

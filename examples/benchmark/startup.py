@@ -273,6 +273,10 @@ def main():
     measured = {"cores": os.cpu_count(), "side": args.side, "results": []}
     if args.output.exists():  # what is there is not run again
         measured = json.loads(args.output.read_text())
+
+    def save_measured():
+        args.output.write_text(json.dumps(measured, indent=1) + "\n")
+
     PartialState()  # the script's log asks for it
     if "loader" not in measured:
         choices = itertools.product((512, 1024), (False, True), (0, 2))
@@ -280,11 +284,12 @@ def main():
         numbers = min(args.sizes), max(args.sizes)
         folders = [args.folder / f"index_{number}" for number in numbers]
         measured["worker_mib"] = [*zip(numbers, map(worker_memory, folders, numbers), strict=True)]
+        save_measured()
     done = {(result["kind"], result["images"]) for result in measured["results"]}
     for kind in args.kinds:
         for number in tqdm(sorted({*args.sizes} - {images for name, images in done if name == kind}), desc=kind):
             measured["results"].append(measure(args, kind, number))
-            args.output.write_text(json.dumps(measured, indent=1) + "\n")
+            save_measured()
     draw(measured, args.output.with_suffix(".png"))
     print(report(measured))
 

@@ -326,6 +326,7 @@ def main(args):
     sigmas = scheduler.sigmas.to(device)
     shape = [model_config["latent_channels"], *(side // model_config["vae_scale_factor"] for side in size)]
     if accelerator.is_main_process and args.overwrite_output_dir and not args.resume_from_checkpoint:
+        shutil.rmtree(Path(args.output_dir, "rollouts"), ignore_errors=True)
         for path in script.old_results(args.output_dir):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
