@@ -225,19 +225,18 @@ class Cache:
 
     def __getitem__(self, key):
         """The value of a key. `KeyError`: there is none."""
-        if (place := self.find(key).item()) < 0:
+        number, batch = divmod(self.find(key).item(), CACHE_FILE_SIZE)
+        if number < 0:
             raise KeyError(f"{key} is missing in {self.folder}, which every process must see alike")
-        return self.read(place)
-
-    def read(self, place):
-        """The value at a place that [`find`] gave."""
-        number, batch = divmod(place, CACHE_FILE_SIZE)
         return read_batch(self.files[number], batch)
 
-    def read_small(self, place):
-        """[`read`] for small values, in about the order in which they were written: a whole file is read at once."""
-        number, batch = divmod(place, CACHE_FILE_SIZE)
-        return read_file(self.files[number])[batch]
+    def values(self, places):
+        """
+        Yield the small values at places of [`find`], `None` for -1; fast where they were written in about this order,
+        for a whole file is read at once.
+        """
+        for number, batch in (divmod(place, CACHE_FILE_SIZE) for place in places):
+            yield None if number < 0 else read_file(self.files[number])[batch]
 
     def write(self, entries):
         """Write pairs of key and bytes as they come. An error ends it, and they stay; a kill costs two minutes'."""

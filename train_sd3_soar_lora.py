@@ -1124,9 +1124,10 @@ def inspect_images(args, model_config, rows):
     notes, sizes, grown = Counter(), Counter(), []
 
     def items():
-        places = checks.find(rows["key"][:]).tolist()
+        known = checks.values(checks.find(rows["key"][:]).tolist())
         for row, (captions, *size) in enumerate(rows_of(rows, "captions", "height", "width")):
-            found = bad.get(row) or json.loads(checks.read_small(places[row]).decode())
+            value = next(known)
+            found = bad.get(row) or json.loads(value.decode())
             name = found["name"] or f"image {row} of the data set"
             if "error" in found:
                 if not args.skip_bad_images:

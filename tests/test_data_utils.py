@@ -41,7 +41,7 @@ def check(cache, numbers):
     keys = keys_of(numbers)
     assert {key.decode() for key in cache.keys.tolist() if key} == {*keys}
     assert all(cache[key] == value_of(key) for key in keys)
-    assert [cache.read(place) for place in cache.find(keys).tolist()] == [*map(value_of, keys)]
+    assert [*cache.values([*cache.find(keys).tolist(), -1])] == [*map(value_of, keys), None]
 
 
 # Tables
