@@ -330,10 +330,14 @@ def main(args):
         for path in script.old_results(args.output_dir):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
+    @functools.lru_cache(maxsize=64)
+    def embedded(text):
+        """The embeddings of a prompt, read once for all the forwards of its pictures."""
+        return load(embeds.embeds[embeds.embeds_key(text)])
+
     def predict(pictures, states, sigma, null=False):
         """The velocity of states under the prompts of these pictures, or under the empty one."""
-        keys = [embeds.embeds_key("" if null else row["text"]) for row, _ in pictures]
-        tensors = [load(embeds.embeds[key]) for key in keys]
+        tensors = [embedded("" if null else row["text"]) for row, _ in pictures]
         batch = {name: torch.stack([t[name] for t in tensors]).to(device) for name in tensors[0]}
         return script.predict_velocity(transformer, batch, states, sigma)
 
