@@ -136,11 +136,11 @@ def main():
     parser.add_argument("results", type=Path, help="Folder of JSON files.")
     parser.add_argument("--no_picture", action="store_true")
     args = parser.parse_args()
-    documents = {path.stem: json.loads(path.read_text()) for path in sorted(args.results.glob("*_*.json"))}
-    if not documents:
-        parser.error(f"{args.results} holds no results: run examples/benchmark/run.sh first")
+    documents = {path.stem: json.loads(path.read_text()) for path in sorted(args.results.glob("*.json"))}
     runs = [document for document in documents.values() if "run" in document]
-    steps = {name: document for name, document in documents.items() if "results" in document}
+    steps = {name: document for name, document in documents.items() if "pipeline" in document}  # not startup.json
+    if not (runs or steps):
+        parser.error(f"{args.results} holds no results: run examples/benchmark/run.sh first")
     measured = {r["configuration"]: r["measured"] for d in steps.values() if on_gpu(d) for r in d["results"]}
     counted = {r["configuration"] for d in steps.values() if not on_gpu(d) for r in d["results"]}
     for name, document in steps.items():
