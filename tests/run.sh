@@ -15,5 +15,5 @@ $venv/bin/pip install --quiet --disable-pip-version-check \
 $venv/bin/pip install --quiet --disable-pip-version-check --no-deps open_clip_torch==3.3.0 image-reward==1.5
 $venv/bin/ruff check .
 $venv/bin/ruff format --check .
-# One thread: the tiny model is faster that way, and the sums of a step have one order.
-OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $venv/bin/python -m pytest -n 2 --dist worksteal -q "$@"
+# At the end stands what was skipped, and why. One thread: the tiny model is faster that way, and the sums of a step have one order.
+OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $venv/bin/python -m pytest -n 2 --dist worksteal -q -rs "$@"

@@ -21,6 +21,9 @@ import soar_utils
 
 
 sys.path.insert(0, str(ROOT / "examples" / "rl"))
+import compare_methods  # noqa: E402
+import cost  # noqa: E402
+import report_comparison  # noqa: E402
 import train_sd3_flow_grpo_lora as grpo  # noqa: E402
 import train_sd3_nft_lora as nft  # noqa: E402
 
@@ -340,6 +343,19 @@ def test_ratio_is_exactly_one_at_the_first_update(precision, sde_type, train, lo
     assert logged[-1]["ratio_error"] == logged[-1]["clipped"] == 0 < second["ratio_error"]
 
 
+def test_share_of_gradients_below_epsilon(train, logged):
+    """All below a large one; below a tiny one what is 0: that of A as long as B is 0, and little after a step."""
+    out = train("--adam_epsilon", 1e-30)
+    numel = {"A": 0, "B": 0}
+    for name, tensor in weights(out).items():
+        numel["A" if "lora_A" in name else "B"] += tensor.numel()
+    first, second = (log["below_epsilon"] for log in logged)
+    assert first == pytest.approx(numel["A"] / sum(numel.values()), abs=0.03)
+    assert second < 0.01
+    train("--adam_epsilon", 1e9, "--max_train_steps", 1, "--overwrite_output_dir")
+    assert logged[-1]["below_epsilon"] == 1
+
+
 def test_a_window_of_all_steps_but_the_last_is_none(train, tmp_path):
     flags = [*GRPO, "--num_rollout_steps", 4]
     plain = train(*flags, "--output_dir", tmp_path / "plain", method=grpo)
@@ -510,3 +526,53 @@ def test_commands_of_the_documents(tmp_path, monkeypatch):
     for name, arguments in found:
         args = {"train_sd3_nft_lora": nft, "train_sd3_flow_grpo_lora": grpo}[name].parse_args(shlex.split(arguments))
         assert args.reward and args.output_dir.startswith("sd3-")
+
+
+# The comparison and the costs
+
+
+def test_methods_of_the_comparison_cost_what_they_are_said_to(tmp_path, monkeypatch):
+    """Each arm's command line is one that its script takes, and costs its budgets in forwards to within a rollout."""
+    monkeypatch.chdir(compare_methods.MINIATURE)
+    (tmp_path / "raw_world" / "transformer").mkdir(parents=True)
+    (tmp_path / "raw_world" / "transformer" / "config.json").write_text('{"sample_size": 8}')
+    shutil.copytree(tmp_path / "raw_world", tmp_path / "raw_words")
+    calls = []
+    monkeypatch.setattr(compare_methods.experiment, "call", lambda log, *command, **more: calls.append(command))
+    compare_methods.write_prompts(tmp_path)
+    arms = [item for item in compare_methods.plan(1) if isinstance(item, compare_methods.Arm)]
+    for arm in arms:
+        compare_methods.train(tmp_path, arm)
+        name, *flags = calls[-1]
+        method = {nft.__file__: nft, grpo.__file__: grpo}[str(name)]
+        args = method.parse_args([str(flag) for flag in flags])
+        pictures = args.num_groups * args.group_size
+        drawing, graphs, others = cost.forwards(method, args)
+        each = drawing + 3 * graphs + others
+        assert (pictures, each) == (compare_methods.PICTURES, compare_methods.METHODS[arm.method][2])
+        spent = args.max_train_steps * pictures * each
+        assert spent == arm.forwards(args.max_train_steps)
+        assert (
+            abs(spent - arm.budgets * compare_methods.BUDGET)
+            <= compare_methods.PARTS * arm.budgets * pictures * each / 2
+        )
+        assert args.checkpointing_steps * compare_methods.PARTS * arm.budgets == args.max_train_steps
+        assert args.reward == [f"{arm.world}:reward=1"] and nft.read_prompts(args)
+    assert {arm.start for arm in arms} == set(compare_methods.STARTS)
+
+
+def test_where_a_curve_reaches_a_goal():
+    assert report_comparison.reached([0, 10, 20], [0.1, 0.3, 0.2], 0.2) == pytest.approx(5)
+    assert report_comparison.reached([0, 10], [0.1, 0.3], 0.4) is None
+
+
+def test_tables_of_the_readme():
+    """Those of the comparison are what its results give, line by line, and so is that of the costs."""
+    folder = ROOT / "examples" / "rl"
+    readme = (folder / "README.md").read_text()
+    found = report_comparison.read(folder / "results")
+    tables = [report_comparison.main_table(found), report_comparison.difference_table(found)]
+    tables += [report_comparison.cost_table(found), report_comparison.words_table(found)]
+    tables += [cost.table(json.loads((folder / "results" / "cost.json").read_text()))]
+    for table in tables:
+        assert table in readme

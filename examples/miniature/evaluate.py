@@ -23,7 +23,7 @@ import torch
 import words
 import world
 from diffusers.utils import make_image_grid
-from experiment import CHECKPOINT_SETTINGS, GUIDANCES, MAIN, QUICK_PART, SETTINGS, name_of
+from experiment import CHECKPOINT_PROMPTS, GUIDANCES, MAIN, QUICK_PART, SETTINGS, name_of
 from PIL import Image
 from safetensors.torch import load_file
 from tqdm.auto import tqdm
@@ -36,10 +36,12 @@ from trained import find_trained, load_trained  # noqa: E402
 BATCH = 100
 
 
-def load_pipeline(base, run):
-    """The pipeline `base`, in float32, with the transformer of the run or checkpoint at `run`."""
-    pipeline = load_trained(base, **find_trained(run))
-    if (run / "ema.safetensors").exists():  # a checkpoint keeps the average apart
+def load_pipeline(base, run, start=None):
+    """The pipeline `base`, in float32, with what the run or checkpoint at `run` has: a transformer, or a LoRA on that
+    of the run `start`."""
+    trained = find_trained(run)
+    pipeline = load_trained(base, **(find_trained(start) | trained if start else trained))
+    if "transformer" in trained and (run / "ema.safetensors").exists():  # a checkpoint keeps the average apart
         average = load_file(run / "ema.safetensors")
         for i, parameter in enumerate(pipeline.transformer.parameters()):
             parameter.data.copy_(average.pop(str(i)))
@@ -125,20 +127,30 @@ def measure(source, pipeline, prompts, records, truth, embeds, guidance, steps):
     return measured, images
 
 
+def setting(text):
+    guidance, steps = text.split(",")
+    return float(guidance), int(steps)
+
+
 def main():
     parser = argparse.ArgumentParser(description="Score a run of the experiment.")
     parser.add_argument("--base", type=Path, required=True, help="Pipeline of which the run trained the transformer.")
     parser.add_argument("--run", type=Path, required=True, help="Its --output_dir.")
+    parser.add_argument("--start", type=Path, help="Run whose transformer the LoRA of --run lies on.")
     parser.add_argument("--world", type=Path, required=True, help="Folder of world.py, or of words.py.")
     parser.add_argument("--words", action="store_true", help="It is the one of words.py.")
     parser.add_argument("--output", type=Path, required=True, help="JSON file to write.")
-    parser.add_argument("--checkpoint", action="store_true", help="--run is a checkpoint: fewer pictures.")
+    parser.add_argument(
+        "--settings", nargs="+", type=setting, metavar="GUIDANCE,STEPS", help="These alone, on fewer prompts; no PNG."
+    )
     parser.add_argument("--quick", action="store_true", help="Fewer pictures in all but the main setting.")
     args = parser.parse_args()
     source = words if args.words else world
-    pipeline = load_pipeline(args.base, args.run)
+    pipeline = load_pipeline(args.base, args.run, args.start)
     result = {"test": {}, "validation": {}}
-    parts = {"test": CHECKPOINT_SETTINGS} if args.checkpoint else {"test": SETTINGS, "validation": GUIDANCES}
+    parts = {"test": SETTINGS, "validation": GUIDANCES}
+    if args.settings:
+        parts = {"test": dict.fromkeys(args.settings, CHECKPOINT_PROMPTS)}
     for part, settings in parts.items():
         prompts, records = source.read_prompts(args.world / f"{part}.jsonl")
         embeds = encode(pipeline, sorted({"", *(record["prompt"] for record in records)}))
@@ -157,12 +169,12 @@ def main():
                 each = min(12 // len(source.TASKS), count)
                 shown = [images[task * count + i] for task in range(len(source.TASKS)) for i in range(each)]
     args.output.parent.mkdir(parents=True, exist_ok=True)
-    if not args.checkpoint:
+    if not args.settings:
         make_image_grid(shown, rows=1, cols=len(shown)).save(args.output.with_suffix(".png"))
     partial = args.output.with_suffix(".partial")
     partial.write_text(json.dumps(result, indent=1) + "\n")
     os.replace(partial, args.output)
-    scores = result["test"][name_of(*MAIN)]
+    scores = next(iter(result["test"].values()))
     print({key: np.mean([int(c) for c in value]).round(3) for key, value in scores.items() if isinstance(value, str)})
 
 

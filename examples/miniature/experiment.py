@@ -64,7 +64,7 @@ gap_lock = threading.Lock()
 MAIN = (4.5, 20)  # guidance, steps
 # Prompts a task in each setting: all of them where the main results are.
 SETTINGS = {MAIN: 100, (4.5, 5): 100, (1.0, 20): 50, (2.0, 20): 50, (7.0, 20): 50, (4.5, 10): 25, (4.5, 40): 25}
-CHECKPOINT_SETTINGS = {MAIN: 50}
+CHECKPOINT_PROMPTS = 50  # a task, of the test, in the main setting
 QUICK_PART = 1 / 3  # of the prompts, in all but the main setting
 GUIDANCES = dict.fromkeys([(1.0, 20), (2.0, 20), MAIN, (7.0, 20)], 20)  # of the validation, to choose from
 
@@ -116,13 +116,13 @@ def plan(size):
     return runs + [Run(arm, 0.1, "words", 0) for arm in MAIN_ARMS]
 
 
-def call(log, *command, threads=1):
+def call(log, *command, threads=1, cwd=ROOT):
     """Run a Python script in a process of its own; its output goes to `log`."""
     environment = os.environ | {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
     log.parent.mkdir(parents=True, exist_ok=True)
     with open(log, "a") as file:
         command = [sys.executable, *map(str, command)]
-        done = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, env=environment, cwd=ROOT)
+        done = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, env=environment, cwd=cwd)
     if done.returncode:
         raise SystemExit(f"error: {Path(command[1]).name} ended with code {done.returncode}; see {log}")
 
@@ -219,7 +219,8 @@ def do(out, results, run, steps, quick):
     score(out, results, run.base, run_dir, run.name, *(["--quick"] if quick else []))
     if run.arm in MAIN_ARMS and not quick:
         for step in (step for step in CHECKPOINTS if step < steps):
-            score(out, results, run.base, run_dir / f"checkpoint-{step}", f"{run.name}-step{step}", "--checkpoint")
+            name = f"{run.name}-step{step}"
+            score(out, results, run.base, run_dir / f"checkpoint-{step}", name, "--settings", "4.5,20")
     for checkpoint in run_dir.glob("checkpoint-*"):  # most of the disk, and needed no more
         shutil.rmtree(checkpoint)
     with gap_lock:

@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 from experiment import (
     ARMS,
-    CHECKPOINT_SETTINGS,
+    CHECKPOINT_PROMPTS,
     CHECKPOINTS,
     DROPOUTS,
     GUIDANCES,
@@ -332,7 +332,7 @@ def draw_steps(runs, bases, path):
     from matplotlib import pyplot as plt
 
     def score(scores):  # a checkpoint has seen the first prompts of each task only
-        return outcomes(scores, MAIN_SETTING, "lenient")[:, : TIMES * CHECKPOINT_SETTINGS[MAIN]].mean()
+        return outcomes(scores, MAIN_SETTING, "lenient")[:, : TIMES * CHECKPOINT_PROMPTS].mean()
 
     figure, axes = plt.subplots(1, 2, figsize=(12, 4.5), layout="constrained", sharey=True)
     for arm in MAIN_ARMS:

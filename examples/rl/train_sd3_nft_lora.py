@@ -296,6 +296,7 @@ def main(args):
     with script.loading(args.pretrained_model_name_or_path):
         vae = AutoencoderKL.from_pretrained(model_dir, subfolder="vae", variant=args.variant, use_safetensors=True)
     vae.requires_grad_(False).eval().to(device)
+    vae.enable_slicing()  # pictures are decoded one by one: a batch of them takes more memory than the transformer
     texts = ["", *args.validation_prompt]
     inputs = model_dir, model_config, vae, weight_dtype, texts
     script.build_caches(args, accelerator, embeds, *inputs)
@@ -409,6 +410,9 @@ def main(args):
                     sums[name] += number / args.num_updates
             grad_norm = accelerator.clip_grad_norm_(parameters, args.max_grad_norm or math.inf)
             sums["grad_norm"] += torch.as_tensor(grad_norm or 0.0) / args.num_updates
+            # What AdamW hardly moves, as its epsilon is added to the root of the squared gradient's mean.
+            below = sum((p.grad.abs() < args.adam_epsilon).sum() for p in parameters if p.grad is not None)
+            sums["below_epsilon"] += below / sum(p.numel() for p in parameters) / args.num_updates
             if not all(math.isfinite(float(number)) for number in sums.values()):
                 script.fail(f"step {step + 1}: not finite ({dict(sums)}). {script.last_checkpoint(args.output_dir)}")
             optimizer.step()
