@@ -140,9 +140,8 @@ def main():
     parser.add_argument("--world", type=Path, required=True, help="Folder of world.py, or of words.py.")
     parser.add_argument("--words", action="store_true", help="It is the one of words.py.")
     parser.add_argument("--output", type=Path, required=True, help="JSON file to write.")
-    parser.add_argument(
-        "--settings", nargs="+", type=setting, metavar="GUIDANCE,STEPS", help="These alone, on fewer prompts; no PNG."
-    )
+    parser.add_argument("--settings", nargs="+", type=setting, metavar="GUIDANCE,STEPS", help="These alone.")
+    parser.add_argument("--checkpoint", action="store_true", help="Fewer pictures, and no PNG.")
     parser.add_argument("--quick", action="store_true", help="Fewer pictures in all but the main setting.")
     args = parser.parse_args()
     source = words if args.words else world
@@ -150,7 +149,9 @@ def main():
     result = {"test": {}, "validation": {}}
     parts = {"test": SETTINGS, "validation": GUIDANCES}
     if args.settings:
-        parts = {"test": dict.fromkeys(args.settings, CHECKPOINT_PROMPTS)}
+        parts = {"test": dict.fromkeys(args.settings, SETTINGS[MAIN]), "validation": dict.fromkeys(args.settings, 20)}
+    if args.checkpoint:
+        parts = {"test": dict.fromkeys(args.settings or [MAIN], CHECKPOINT_PROMPTS)}
     for part, settings in parts.items():
         prompts, records = source.read_prompts(args.world / f"{part}.jsonl")
         embeds = encode(pipeline, sorted({"", *(record["prompt"] for record in records)}))
@@ -169,7 +170,7 @@ def main():
                 each = min(12 // len(source.TASKS), count)
                 shown = [images[task * count + i] for task in range(len(source.TASKS)) for i in range(each)]
     args.output.parent.mkdir(parents=True, exist_ok=True)
-    if not args.settings:
+    if not args.checkpoint:
         make_image_grid(shown, rows=1, cols=len(shown)).save(args.output.with_suffix(".png"))
     partial = args.output.with_suffix(".partial")
     partial.write_text(json.dumps(result, indent=1) + "\n")

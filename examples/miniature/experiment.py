@@ -64,7 +64,7 @@ gap_lock = threading.Lock()
 MAIN = (4.5, 20)  # guidance, steps
 # Prompts a task in each setting: all of them where the main results are.
 SETTINGS = {MAIN: 100, (4.5, 5): 100, (1.0, 20): 50, (2.0, 20): 50, (7.0, 20): 50, (4.5, 10): 25, (4.5, 40): 25}
-CHECKPOINT_PROMPTS = 50  # a task, of the test, in the main setting
+CHECKPOINT_PROMPTS = 50  # a task, of the test
 QUICK_PART = 1 / 3  # of the prompts, in all but the main setting
 GUIDANCES = dict.fromkeys([(1.0, 20), (2.0, 20), MAIN, (7.0, 20)], 20)  # of the validation, to choose from
 
@@ -220,7 +220,7 @@ def do(out, results, run, steps, quick):
     if run.arm in MAIN_ARMS and not quick:
         for step in (step for step in CHECKPOINTS if step < steps):
             name = f"{run.name}-step{step}"
-            score(out, results, run.base, run_dir / f"checkpoint-{step}", name, "--settings", "4.5,20")
+            score(out, results, run.base, run_dir / f"checkpoint-{step}", name, "--checkpoint")
     for checkpoint in run_dir.glob("checkpoint-*"):  # most of the disk, and needed no more
         shutil.rmtree(checkpoint)
     with gap_lock:

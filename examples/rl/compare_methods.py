@@ -8,8 +8,8 @@ SFT, SOAR, DiffusionNFT and Flow-GRPO on one base, in the miniature world: train
 
 Reinforcement learning starts from the base, from SFT and from SOAR. Its reward is the exact detector's; of words, what
 a real OCR reads. A budget is what the SOAR run costs in forwards of the model (a backward counts as two), drawing
-included: from the base every method has two, which is what SOAR and then reinforcement learning cost together, from
-SFT and SOAR one. An interrupted run is resumed, one that has its scores is not run again.
+included: from the base and from SFT every method has one, from SOAR half of one. An interrupted run is resumed, one
+that has its scores is not run again.
 """
 
 import argparse
@@ -39,11 +39,11 @@ METHODS = {
     "Flow-GRPO, plain": (GRPO, "", 92),
 }
 STARTS = {"base": None, "SFT": "SFT", "SOAR": "SOAR K=40"}
-COMMON = "--num_groups 12 --group_size 12 --train_batch_size 36 --rank 16 --learning_rate 3e-3 --adam_epsilon 1e-15"
+COMMON = "--num_groups 12 --group_size 12 --train_batch_size 36 --rank 16 --learning_rate 1e-3 --adam_epsilon 1e-15"
 PICTURES = 12 * 12  # a rollout
 BUDGET = 1000 * 8 * 22  # SOAR's optimizer steps, batch and forwards a sample
-PARTS = 4  # of a budget, each scored
-CHECKPOINT_SETTINGS = ["4.5,20", "1,20"]
+PARTS = 2  # of a budget, each scored
+SETTINGS = {"end": ["4.5,20", "1,20", "2,20"], "checkpoint": ["4.5,20", "1,20"]}
 SEEDS = 3
 PROMPTS = 100  # a task, of the training part
 start_locks = defaultdict(threading.Lock)
@@ -66,8 +66,8 @@ class Arm:
         return "words" if self.world == "words" else 0
 
     @property
-    def budgets(self):
-        return 2 if self.start == "base" and self.world == "world" else 1
+    def parts(self):
+        return 1 if self.start == "SOAR" else PARTS
 
     @property
     def part(self):
@@ -76,7 +76,7 @@ class Arm:
 
     @property
     def steps(self):
-        return self.part * PARTS * self.budgets
+        return self.part * self.parts
 
     def forwards(self, step):
         """What it has cost by then, without its start."""
@@ -134,9 +134,9 @@ def do(out, results, arm):
     run_dir, start = train(out, arm)
     score = [out, results, arm.base]
     for step in arm.checkpoints():
-        flags = "--start", start, "--settings", *CHECKPOINT_SETTINGS
+        flags = "--start", start, "--checkpoint", "--settings", *SETTINGS["checkpoint"]
         experiment.score(*score, run_dir / f"checkpoint-{step}", f"{arm.name}-step{step}", *flags)
-    experiment.score(*score, run_dir, arm.name, "--start", start)
+    experiment.score(*score, run_dir, arm.name, "--start", start, "--settings", *SETTINGS["end"])
 
 
 def write_prompts(out):
@@ -173,7 +173,7 @@ def main():
         experiment.make_raw(out, experiment.world_of(base), "mini", threads=args.workers)
         steps = round(experiment.BASE_STEPS * (experiment.WORDS_BASE_PART if base == "words" else 1))
         experiment.make_base(out, base, steps, threads=args.workers)
-        experiment.score(out, results, base, out / f"base_{base}", f"base{base}")
+        experiment.score(out, results, base, out / f"base_{base}", f"base{base}", "--settings", *SETTINGS["end"])
     write_prompts(out)
     failed = threading.Event()
 
@@ -184,7 +184,8 @@ def main():
             if isinstance(item, Arm):
                 do(out, results, item)
             else:
-                experiment.score(out, results, item.base, train_start(out, item), item.name)
+                run_dir = train_start(out, item)
+                experiment.score(out, results, item.base, run_dir, item.name, "--settings", *SETTINGS["end"])
         except BaseException:
             failed.set()
             raise
