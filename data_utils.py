@@ -55,6 +55,21 @@ def inspect_rows(rows):
     return [inspect_image(row["image"]) for row in rows]
 
 
+def is_inside(path, root):
+    """Whether a path leads to a place inside of `root`, a real path, whatever `..` and links are on its way."""
+    folder, name = os.path.split(path)
+    if "\0" in str(path):
+        return False
+    if name == ".." or os.path.islink(path):
+        folder = os.path.dirname(os.path.realpath(path))
+    return f"{real_folder(folder)}{os.sep}".startswith(str(root).rstrip(os.sep) + os.sep)
+
+
+@functools.lru_cache(maxsize=1000)
+def real_folder(path):
+    return os.path.realpath(path)
+
+
 def file_bytes(image):
     """The bytes of an image's file, of a row's `image` (`dict` with `bytes`, or with a `path`)."""
     return Path(image["path"]).read_bytes() if image["bytes"] is None else image["bytes"]

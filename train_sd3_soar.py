@@ -11,7 +11,7 @@
 """
 Fine-tune all weights of a Stable Diffusion 3 / 3.5 transformer with SOAR.
 
-    accelerate launch train_sd3_soar.py \
+    python train_sd3_soar.py \
         --pretrained_model_name_or_path stabilityai/stable-diffusion-3.5-medium \
         --train_data_dir my_images --resolution 512 --center_crop --cache_latents --cache_prompt_embeds \
         --mixed_precision bf16 --train_batch_size 4 --learning_rate 2e-5 --max_train_steps 5000 \
@@ -21,7 +21,7 @@ Plain fine-tuning trains the model on ideal noised images, but sampling feeds it
 the model take one guided sampling step from the ideal state, adds noise to the state it lands on, and trains it to
 steer from there back to the clean image. `diff train_sd3_sft.py train_sd3_soar.py` shows the whole method.
 
-Needs `soar_utils.py` beside it, nothing else. Source: SOAR, arXiv 2604.12617.
+Needs `soar_utils.py` and `data_utils.py` beside it, nothing else. Source: SOAR, arXiv 2604.12617.
 """
 
 import argparse
@@ -56,6 +56,7 @@ logging.disable(logging.WARNING)  # libraries' remarks while they are imported, 
 import accelerate
 import datasets
 import diffusers
+import filelock
 import huggingface_hub
 import numpy as np
 import torch
@@ -86,6 +87,7 @@ from data_utils import (
     file_bytes,
     file_key,
     inspect_rows,
+    is_inside,
     make_table,
     rows_of,
 )
@@ -93,6 +95,7 @@ from data_utils import (
 
 logging.disable(logging.NOTSET)
 logger = get_logger(__name__)
+output_lock = contextlib.ExitStack()  # held as long as a run may write into its --output_dir
 
 # Flags, and versions, that may differ when a run is resumed: they do not change what is trained, or what they name is
 # compared by its content. All others may not. (The end of a schedule may not move either, see `check_resume`.)
@@ -330,7 +333,10 @@ def main(args):
     if args.seed is None:
         seed = saved_state["compared"]["seed"] if checkpoint else random.getrandbits(31)
         args.seed = run_on_main(accelerator, lambda: seed)
-    logger.info(f"Seed {args.seed}, {accelerator.num_processes} processes, global batch {global_batch_size}")
+    where = f"{accelerator.num_processes} processes on {device}, {str(weight_dtype).removeprefix('torch.')}"
+    logger.info(f"Seed {args.seed}, {where}, global batch {global_batch_size}")
+    if device.type == "cpu" and model_config["joint_attention_dim"] >= 4096:  # of no model that is a toy
+        logger.warning("PyTorch sees no GPU: a step of a model of this size takes minutes.")
     if args.report_to != "none":
         tracked = {k: v if isinstance(v, (int, float, str)) else str(v) for k, v in vars(args).items()}
         with failing_with(f"--report_to {args.report_to}"):  # it may ask for a login
@@ -649,6 +655,9 @@ def make_accelerator(args):
     ]
     with failing_with("--mixed_precision"):
         accelerator = Accelerator(**options, project_config=folders, kwargs_handlers=handlers)
+    if (started := int(os.environ.get("WORLD_SIZE", 1))) > accelerator.num_processes:
+        why = "PyTorch sees no GPU here. Mend its installation, start one process, or set ACCELERATE_USE_CPU=true"
+        fail(f"the launcher started {started} processes, and each takes itself for the only one, as {why}")
     deepspeed = accelerator.state.deepspeed_plugin
     if deepspeed is not None:  # it would read this from a prepared data loader
         deepspeed.deepspeed_config["train_micro_batch_size_per_gpu"] = args.train_batch_size
@@ -1000,21 +1009,6 @@ def read_json_lines(path):
             if not isinstance(record, dict):
                 fail(f"{where} is not a JSON object")
             yield where, record
-
-
-def is_inside(path, root):
-    """Whether a path leads to a place inside of `root`, a real path, whatever `..` and links are on its way."""
-    folder, name = os.path.split(path)
-    if "\0" in str(path):
-        return False
-    if name == ".." or os.path.islink(path):
-        folder = os.path.dirname(os.path.realpath(path))
-    return f"{real_folder(folder)}{os.sep}".startswith(str(root).rstrip(os.sep) + os.sep)
-
-
-@functools.lru_cache(maxsize=1000)
-def real_folder(path):
-    return os.path.realpath(path)
 
 
 def check_images(args, rows, process_index=0, num_processes=1, again=False):
@@ -1420,6 +1414,12 @@ def find_checkpoint(args):
         with failing_with(f"--{flag} {folder} cannot be written"):
             os.makedirs(folder, exist_ok=True)
             tempfile.TemporaryFile(dir=folder).close()
+    try:  # which no dead process keeps
+        output_lock.enter_context(filelock.FileLock(output / ".lock", blocking=False))
+    except filelock.Timeout:
+        fail(f"--output_dir {output}: another run is writing there. Wait for its end, or choose another folder")
+    except NotImplementedError as error:
+        logger.warning(f"Nothing keeps a second run out of {output}: {error}")
     if not wanted:
         if (old := sorted(path.name for path in old_results(output))) and not args.overwrite_output_dir:
             ways = "choose a new folder, go on with --resume_from_checkpoint latest, or give --overwrite_output_dir"
@@ -1664,6 +1664,7 @@ def save_result(args, accelerator, transformer):
 def publish(args, images, changes):
     """Write the model card, with what [`log_validation`] and [`check_resume`] found; upload all where asked to."""
     output, rows, usage = Path(args.output_dir), [], USAGE
+    shutil.rmtree(output / "samples", ignore_errors=True)  # of an earlier run
     for number, (prompt, samples) in enumerate(images.items()):
         files = {f"samples/{number}-{i}.png": image for i, image in enumerate(samples)}
         (output / "samples").mkdir(exist_ok=True)
@@ -1687,15 +1688,18 @@ def publish(args, images, changes):
     )
     words = zip(sys.argv[1:], sys.argv, strict=False)  # each with the one before it
     command = shlex.join(word for word, last in words if "--hub_token" not in (word.split("=")[0], last))
+    launcher = (
+        f"torchrun --nproc_per_node {world}" if (world := os.environ.get("WORLD_SIZE", "1")) != "1" else "python"
+    )
     card = [
         f"---\n{data.to_yaml()}\n---",
         f"# {title}\n\nTrained from {', '.join(f'`{name}`' for name in parents)} with `{Path(sys.argv[0]).name}`.",
         *rows,
         "## Use\n\n```python\nimport torch\nfrom diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline\n\n"
-        f"base, result = {base!r}, {title!r}  # `result` may also be a local folder\n{usage}\n"
+        f"base, result = {base!r}, {title if args.push_to_hub else args.output_dir!r}\n{usage}\n"
         f"prompt = {next(iter(images), 'a prompt')!r}\n"
         f"image = pipeline(prompt, max_sequence_length={args.max_sequence_length}).images[0]\n```",
-        f"## Command\n\n```bash\naccelerate launch {Path(sys.argv[0]).name} {command}\n```",
+        f"## Command\n\n```bash\n{launcher} {Path(sys.argv[0]).name} {command}\n```",
         *changes,
         f"## Settings\n\n```json\n{(output / 'training_args.json').read_text()}\n```\n",
     ]
@@ -1722,6 +1726,8 @@ def run(args):
         flags = "--cache_latents --cache_prompt_embeds, --gradient_checkpointing, a smaller --train_batch_size, "
         flags += "--full_bf16 (all weights) or --bnb_quantization_config_path (LoRA), --offload"
         fail(f"out of memory ({str(error)[:200]}). Try, in this order, {flags}. {last_checkpoint(args.output_dir)}")
+    finally:
+        output_lock.close()
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ import contextlib
 import importlib
 import json
 import logging
+import os
 import re
 import shutil
 import struct
@@ -13,10 +14,11 @@ import sys
 import zlib
 from pathlib import Path
 
+import filelock
 import pytest
 import torch
 from diffusers import AutoencoderKL, SD3Transformer2DModel, StableDiffusion3Pipeline
-from harness import ROOT, SCRIPTS, equal
+from harness import ROOT, SCRIPTS, equal, finish, start_two
 from PIL import Image, ImageFile
 from safetensors.torch import load_file
 
@@ -25,9 +27,9 @@ SFT, SOAR, LORA = SCRIPTS
 
 
 def contents(folder):
-    """Every file below `folder` with its bytes, but what is remembered of the check of images."""
+    """Every file below `folder` with its bytes, but what is remembered of the check of images, and an empty lock."""
     files = [path for path in sorted(Path(folder).rglob("*")) if path.is_file() and path.parent.name != "checks"]
-    return {path: path.read_bytes() for path in files}
+    return {path: path.read_bytes() for path in files if path.name != ".lock"}
 
 
 def forbid_weights(patch):
@@ -639,6 +641,24 @@ def test_checkpoint_that_does_not_exist(wanted, refuse, tmp_path):
     (tmp_path / "out" / "checkpoint-3" / "random_states_0.pkl").write_text("")
     wanted = wanted.format(out=tmp_path / "out")
     assert f"--resume_from_checkpoint {wanted}" in refuse(SFT, "--resume_from_checkpoint", wanted)
+
+
+@pytest.mark.parametrize("flags", [[], ["--overwrite_output_dir"], ["--resume_from_checkpoint", "latest"]])
+def test_two_runs_in_one_folder(flags, run, refuse, tmp_path):
+    """The second is refused, whatever it wants, as long as the first goes on and no longer."""
+    with filelock.FileLock(tmp_path / "out" / ".lock"):
+        assert "another run is writing there" in refuse(SFT, "--output_dir", tmp_path / "out", *flags)
+    run(SFT, "--output_dir", tmp_path / "out", "--max_train_steps", 1, *flags)
+    filelock.FileLock(tmp_path / "out" / ".lock", blocking=False).acquire()
+
+
+def test_processes_that_do_not_see_each_other(pipeline, photos, tmp_path):
+    """As where a launcher starts a process a GPU, and PyTorch sees none: each would take itself for the only one."""
+    arguments = ["--pretrained_model_name_or_path", pipeline, "--train_data_dir", photos, "--output_dir", "nowhere"]
+    log = tmp_path / "log"
+    for process in start_two("train_sd3_soar", arguments, log, lambda: os.environ.pop("ACCELERATE_USE_CPU")):
+        finish(process, log, code=1)
+    assert "the launcher started 2 processes" in log.read_text() and not Path("nowhere").exists()
 
 
 @pytest.mark.parametrize("missing", ["transformer", "optimizer.bin", "ema.safetensors"])

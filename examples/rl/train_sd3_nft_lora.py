@@ -598,6 +598,8 @@ def run(args):
     except torch.OutOfMemoryError as error:
         flags = "--gradient_checkpointing, a smaller --train_batch_size, --use_8bit_adam, --offload"
         script.fail(f"out of memory ({str(error)[:200]}). Try {flags}. {script.last_checkpoint(args.output_dir)}")
+    finally:
+        script.output_lock.close()
 
 
 if __name__ == "__main__":
