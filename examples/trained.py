@@ -32,7 +32,7 @@ def find_trained(path):
     raise ValueError(f"neither transformer/*.safetensors nor {LORA_FILE} in that folder")
 
 
-def load_trained(base, transformer=None, lora=None, lora_scale=1.0, dtype=torch.float32, **options):
+def load_trained(base, transformer=None, lora=None, lora_scale=1.0, dtype=torch.float32, start_lora=None, **options):
     """
     The pipeline `base`, for inference, with a trained transformer or LoRA in it.
 
@@ -42,6 +42,7 @@ def load_trained(base, transformer=None, lora=None, lora_scale=1.0, dtype=torch.
         lora (`str`, *optional*): Folder or hub id with `pytorch_lora_weights.safetensors` in it.
         lora_scale (`float`): Of the LoRA's update.
         dtype (`torch.dtype`): Of all weights.
+        start_lora (`str`, *optional*): What `lora` was trained on top of: becomes part of the weights before.
         options: Further arguments of `from_pretrained` for `base`; a part that is `None` is not loaded.
 
     Returns:
@@ -60,6 +61,10 @@ def load_trained(base, transformer=None, lora=None, lora_scale=1.0, dtype=torch.
             transformer, subfolder="transformer", dtype=dtype, use_safetensors=True
         )
     pipeline = DiffusionPipeline.from_pretrained(base, dtype=dtype, use_safetensors=True, **options)
+    if start_lora is not None:
+        pipeline.load_lora_weights(start_lora, weight_name=LORA_FILE, adapter_name="start")
+        pipeline.fuse_lora(adapter_names=["start"])
+        pipeline.unload_lora_weights()
     if lora is not None:
         pipeline.load_lora_weights(lora, weight_name=LORA_FILE, adapter_name="lora")
         if "lora" not in pipeline.get_active_adapters():  # diffusers only logs it, and leaves the base as it is

@@ -51,6 +51,7 @@ def parse_args(input_args=None):
     add("--transformer", help="A full fine-tune: folder or hub id with `transformer/` in it.")
     add("--lora", help="A LoRA on that: folder or hub id with `pytorch_lora_weights.safetensors`.")
     add("--lora_scale", type=script.number(), default=1.0)
+    add("--start_lora", help="What --lora was trained on top of: becomes part of the weights before.")
     add("--mixed_precision", choices=list(DTYPES), help="Type of the weights. Default: bf16 on a GPU, else no.")
     add("--offload", action="store_true", help="For small cards: parts of the pipeline wait in the host's memory.")
 
@@ -76,8 +77,9 @@ def parse_args(input_args=None):
     args = parser.parse_args(input_args)
     if (args.prompts is None) == (args.dataset_name is None):
         parser.error("give exactly one of --prompts and --dataset_name")
-    if args.lora and os.path.isdir(args.lora) and not os.path.isfile(os.path.join(args.lora, LORA_FILE)):
-        parser.error(f"--lora {args.lora}: no {LORA_FILE} in that folder")
+    for flag, folder in {"lora": args.lora, "start_lora": args.start_lora}.items():
+        if folder and os.path.isdir(folder) and not os.path.isfile(os.path.join(folder, LORA_FILE)):
+            parser.error(f"--{flag} {folder}: no {LORA_FILE} in that folder")
     return args
 
 
@@ -150,7 +152,8 @@ def is_whole(path):
 
 def digest_weights(args):
     """SHA-256 of the weights in local folders, as these may be trained again; `None` where all is the hub's."""
-    sources = {"pretrained_model_name_or_path": "*/*", "transformer": "transformer/*", "lora": LORA_FILE}
+    sources = {"pretrained_model_name_or_path": "*/*", "transformer": "transformer/*"}
+    sources |= {"lora": LORA_FILE, "start_lora": LORA_FILE}
     files = []
     for flag, pattern in sources.items():
         folder = getattr(args, flag)
@@ -202,7 +205,7 @@ def load_pipeline(args, device):
         kind = getattr(diffusers, DiffusionPipeline.load_config(source, revision=args.revision)["_class_name"])
     if args.max_sequence_length and "max_sequence_length" not in inspect.signature(kind.__call__).parameters:
         script.fail(f"--max_sequence_length: {kind.__name__} has no such thing")
-    trained = {"--transformer": args.transformer, "--lora": args.lora}
+    trained = {"--transformer": args.transformer, "--start_lora": args.start_lora, "--lora": args.lora}
     given = [f"{flag} {path}" for flag, path in trained.items() if path]
     with script.failing_with(f"{' '.join(given)} on --pretrained_model_name_or_path {source}".removeprefix(" on ")):
         pipeline = load_trained(
@@ -211,6 +214,7 @@ def load_pipeline(args, device):
             args.lora,
             args.lora_scale,
             dtype=DTYPES[args.mixed_precision],
+            start_lora=args.start_lora,
             revision=args.revision,
             variant=args.variant,
         )
