@@ -58,6 +58,12 @@ def test_plan_of_the_full_size(gpus, monkeypatch):
     assert gated == set(paper.LICENCES)
 
 
+@pytest.mark.parametrize("size", ["one", "full"])
+def test_sums_of_the_readme(size, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    assert paper.summary(paper.plan(size, "outputs/paper", "--train_data_dir x")) in (HERE / "README.md").read_text()
+
+
 def test_the_toy_experiment(tmp_path, monkeypatch, capsys):
     """From nothing to the report, killed in the middle; a second run does nothing; what is missing is named."""
     out, called, killed = tmp_path / "out", [], []
