@@ -45,6 +45,7 @@ import sys
 import tempfile
 import time
 import unicodedata
+import warnings
 from collections import Counter, defaultdict
 from importlib.metadata import version
 from pathlib import Path
@@ -899,6 +900,7 @@ def make_optimizer(args, parameters):
 
 def make_lr_scheduler(args, optimizer, steps_done=0):
     """The learning rate's schedule, from optimizer step `steps_done` on."""
+    warnings.filterwarnings("ignore", "Detected call of")  # it moves at a first step that is skipped, too
     options = {"step_rules": args.lr_step_rules, "num_cycles": args.lr_num_cycles, "power": args.lr_power}
     steps = {"num_warmup_steps": args.lr_warmup_steps, "num_training_steps": args.max_train_steps}
     for group in optimizer.param_groups:  # what FSDP2 loads has lost it

@@ -402,11 +402,16 @@ def test_cached_latent_that_is_not_finite(run, tmp_path, photos):
     assert sum(str(photos / f"{name}.png") in exit.value.code for name in PHOTOS) == 2
 
 
+@pytest.mark.filterwarnings("error:Detected call of")  # PyTorch's, where a schedule moves before the weights did
 def test_steps_that_are_not_finite_may_be_skipped(run, monkeypatch, tmp_path, caplog):
-    """Up to --max_skipped_steps of them in a row: they change nothing and are logged, one more ends the run."""
+    """
+    Up to --max_skipped_steps of them in a row: they change nothing and are logged, one more ends the run. The schedule
+    goes on by a step each.
+    """
     logged = []
     monkeypatch.setattr(Accelerator, "log", lambda self, logs, step: logged.append(logs))
     arguments = ("train_sd3_soar", "--checkpointing_steps", 1, "--adam_weight_decay", 0)
+    arguments += ("--lr_scheduler", "linear", "--learning_rate", 1e-3)
 
     def run_with(bad, steps, allowed, folder):
         """Make the loss of the optimizer steps `bad` not a number."""
@@ -425,6 +430,7 @@ def test_steps_that_are_not_finite_may_be_skipped(run, monkeypatch, tmp_path, ca
     out = run_with({1, 2, 4}, 4, 2, "two")
     assert caplog.text.count("Skipped step") == 3
     assert [logs["skipped_steps"] for logs in logged] == [1, 2, 0, 1]
+    assert [logs["lr"] for logs in logged] == pytest.approx([1e-3, 0.75e-3, 0.5e-3, 0.25e-3])
     assert equal(out / "checkpoint-3", out / "checkpoint-4") and not equal(out / "checkpoint-2", out / "checkpoint-3")
     with pytest.raises(SystemExit, match="step 3: not finite"):
         run_with({1, 2, 3}, 4, 2, "three")
