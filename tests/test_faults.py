@@ -238,6 +238,23 @@ def test_latest_skips_what_is_not_whole_and_says_so(run, tmp_path, caplog):
     assert f"Resumed from {out / 'checkpoint-1'}" in caplog.text
 
 
+def test_nothing_is_written_in_a_checkpoint(run, tmp_path):
+    """It is renamed when it is whole: no kill can leave a part of one under its name, however it was timed."""
+    opened, watching = [], True
+
+    def watch(event, inputs):  # Python can take no such hook away again
+        if watching and event == "open" and re.search(r"checkpoint-\d+/", str(inputs[0])):
+            opened.append((str(inputs[0]), inputs[2]))
+
+    sys.addaudithook(watch)
+    flags = ("--checkpointing_steps", 1, "--use_ema", "--resume_from_checkpoint", "latest")
+    run("train_sd3_sft", *flags, "--max_train_steps", 1)
+    run("train_sd3_sft", *flags, "--max_train_steps", 2)
+    watching = False
+    writes = [path for path, mode in opened if mode & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)]
+    assert opened and not writes and (tmp_path / "out" / "checkpoint-2" / "trainer_state.json").exists()
+
+
 def test_latest_starts_from_the_beginning_where_there_is_none(run, caplog):
     with caplog.at_level("INFO"):
         run("train_sd3_soar", "--resume_from_checkpoint", "latest", "--max_train_steps", 1)
