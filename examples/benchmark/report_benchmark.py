@@ -4,13 +4,16 @@ Tables and a picture of what `benchmark_step.py` and `run_capped.py` wrote.
 
     python examples/benchmark/report_benchmark.py examples/benchmark/results
 
-Prints Markdown; draws FOLDER/report.png, time against memory: measured where all of its points are, else counted.
+Prints Markdown; draws FOLDER/report.png: peak memory of each recipe against the sizes of cards.
 """
 
 import argparse
 import json
 import re
 from pathlib import Path
+
+
+CARDS = (8, 12, 16, 24, 80)  # GB
 
 
 def short(configuration):
@@ -24,16 +27,14 @@ def short(configuration):
 
 
 def label(configuration):
-    """What a point of the picture is called: the method, and what differs from its defaults."""
+    """What a bar of the picture is called: the method, its image size and batch, and what else it was given."""
     text = short(configuration).replace("--", "").replace("(encoders on the device)", "+ encoders")
-    for pattern, replacement in {
-        r"train_batch_size 1 |rank 32 ": "",
-        r"resolution (\d+)": r"\1 px",
-        r"gradient_checkpointing": "checkpointing",
-        r"aux_batch_size ": "chunk ",
-    }.items():
-        text = re.sub(pattern, replacement, text)
-    return text
+    text = text.replace("gradient_checkpointing", "checkpointing").replace("rank 32 ", "")
+    size, batch = (re.search(rf"{flag} (\d+)", text) for flag in ("resolution", "train_batch_size"))
+    method, *rest = re.sub(r"(resolution|train_batch_size) \d+ ?", "", text).split()
+    return f"{method} {' '.join(rest)}, {size[1] if size else 512} px, batch {batch[1] if batch else 4}".replace(
+        " ,", ","
+    )
 
 
 def on_gpu(document):
@@ -100,34 +101,41 @@ def run_table(documents):
 
 
 def draw(documents, path):
-    """Time, or operations where nothing was timed on a GPU, against peak memory."""
+    """Peak memory of each recipe as a bar against the sizes of cards, and its forwards a step beside it."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    panels = {"batch 4, 512 px": ("step", "chunks"), "batch 1": ("small",)}
-    kind = "gpu" if all(f"gpu_{part}" in documents for parts in panels.values() for part in parts) else "count"
+    measured = {}
+    for document in documents.values():
+        for result in document["results"]:
+            if isinstance(result["measured"], dict) and result["measured"]["peak_allocated_gib"]:
+                measured[result["configuration"]] = result["measured"]["peak_reserved_gib"]
+    parts = [
+        documents[f"count_{part}"]["results"] for part in ("step", "lora", "small") if f"count_{part}" in documents
+    ]
+    results = [result for part in parts for result in part if result["counted"]["peak_gib"] < max(CARDS)]
+    results.sort(key=lambda result: result["counted"]["peak_gib"], reverse=True)
     colours = {"sft": "tab:green", "soar": "tab:blue", "soar_lora": "tab:purple", "reference": "tab:red"}
-    figure, all_axes = plt.subplots(1, 2, figsize=(14, 6), layout="constrained")
-    for axes, (title, parts) in zip(all_axes, panels.items(), strict=True):
-        names = [f"{kind}_{part}" for part in parts if f"{kind}_{part}" in documents]
-        for number, result in enumerate(result for name in names for result in documents[name]["results"]):
-            counted, measured = result["counted"], result["measured"]
-            place = counted["peak_gib"], counted["tflop"]
-            if isinstance(measured, str):
-                continue
-            if kind == "gpu":
-                place = measured["peak_allocated_gib"], measured["step_s"]
-            axes.scatter(*place, color=colours[result["configuration"].split()[0]], s=36)
-            shift = (5, 4 + 9 * (number % 3)) if number % 2 else (5, -9 - 9 * (number % 3))
-            line = {"arrowstyle": "-", "lw": 0.4, "color": "grey"}
-            text = label(result["configuration"])
-            axes.annotate(text, place, fontsize=7, xytext=shift, textcoords="offset points", arrowprops=line)
-        axes.set(xscale="log", yscale="log", title=title, xlabel="peak memory, GiB" + " (counted)" * (kind == "count"))
-        axes.set_ylabel("seconds a step" if kind == "gpu" else "TFLOP a step (counted; times not measured)")
-        axes.margins(x=0.25, y=0.15)
-        axes.grid(which="both", alpha=0.25)
+    figure, axes = plt.subplots(figsize=(11, 0.32 * len(results) + 1.5), layout="constrained")
+    for place, result in enumerate(results):
+        counted, name = result["counted"], result["configuration"]
+        axes.barh(place, counted["peak_gib"], color=colours[name.split()[0]], alpha=0.8)
+        if name in measured:
+            axes.plot(measured[name], place, "k|", markersize=11)
+        end = max(counted["peak_gib"], measured.get(name, 0))
+        axes.annotate(f"{counted['forward_equivalents']:.0f} forwards", (end, place), xytext=(5, 0),
+                      textcoords="offset points", va="center", fontsize=8)  # fmt: skip
+    for size in CARDS:
+        axes.axvline(size, color="grey", lw=0.8, ls="--")
+        axes.annotate(f"{size} GB", (size, len(results) - 0.4), fontsize=8, ha="center", va="bottom", color="grey")
+    axes.set_yticks(range(len(results)), [label(result["configuration"]) for result in results], fontsize=8)
+    axes.set(
+        xlim=(0, 1.06 * max(CARDS)),
+        ylim=(-0.6, len(results) + 0.4),
+        xlabel="peak memory, GiB: counted (bar); reserved on a GPU (mark)",
+    )
     figure.savefig(path, dpi=100)
 
 
