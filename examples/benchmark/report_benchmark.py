@@ -112,10 +112,9 @@ def draw(documents, path):
         for result in document["results"]:
             if isinstance(result["measured"], dict) and result["measured"]["peak_allocated_gib"]:
                 measured[result["configuration"]] = result["measured"]["peak_reserved_gib"]
-    parts = [
-        documents[f"count_{part}"]["results"] for part in ("step", "lora", "small") if f"count_{part}" in documents
-    ]
-    results = [result for part in parts for result in part if result["counted"]["peak_gib"] < max(CARDS)]
+    names = [name for name in ("count_step", "count_lora", "count_small") if name in documents] or [*documents]
+    results = [result for name in names for result in documents[name]["results"]]
+    results = [result for result in results if result["counted"]["peak_gib"] < max(CARDS)]
     results.sort(key=lambda result: result["counted"]["peak_gib"], reverse=True)
     colours = {"sft": "tab:green", "soar": "tab:blue", "soar_lora": "tab:purple", "reference": "tab:red"}
     figure, axes = plt.subplots(figsize=(11, 0.32 * len(results) + 1.5), layout="constrained")
