@@ -56,13 +56,14 @@ def inspect_rows(rows):
 
 
 def is_inside(path, root):
-    """Whether a path leads to a place inside of `root`, a real path, whatever `..` and links are on its way."""
+    """Whether a path leads to a place inside of the folder `root`, whatever `..` and links are on the way of both."""
     folder, name = os.path.split(path)
     if "\0" in str(path):
         return False
     if name == ".." or os.path.islink(path):
         folder = os.path.dirname(os.path.realpath(path))
-    return f"{real_folder(folder)}{os.sep}".startswith(str(root).rstrip(os.sep) + os.sep)
+    inside, outside = (real_folder(os.path.join(os.getcwd(), part)) for part in (folder, root))
+    return f"{inside}{os.sep}".startswith(outside.rstrip(os.sep) + os.sep)
 
 
 @functools.lru_cache(maxsize=1000)

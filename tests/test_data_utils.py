@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import data_utils
-from data_utils import Cache, digest, file_key, make_table, rows_of
+from data_utils import Cache, digest, file_key, is_inside, make_table, rows_of
 
 
 def value_of(key):
@@ -214,3 +214,22 @@ def test_the_index_is_small(tmp_path):
     cache = Cache(tmp_path)
     assert cache.keys.nbytes + cache.places.nbytes == 40 * 3001
     assert np.array_equal(np.sort(cache.find(keys_of(numbers))), np.arange(3000))
+
+
+def test_what_is_inside(tmp_path, monkeypatch):
+    """By whatever path either is named, and however links lead; the working folder may change."""
+    for folder in ("one/images", "two/images"):
+        (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "one" / "link").symlink_to(tmp_path / "two")
+    (tmp_path / "one" / "images" / "out.png").symlink_to(tmp_path / "two" / "a.png")
+    (tmp_path / "alias").symlink_to(tmp_path / "one")
+    for base in ("one", "two"):
+        monkeypatch.chdir(tmp_path / base)
+        for root in ("images", "./images", "../two/../" + base + "/images", tmp_path / base / "images"):
+            assert is_inside("images/a.png", root) and is_inside(tmp_path / base / "images" / "a.png", root)
+            assert not is_inside("a.png", root) and not is_inside("images/../a.png", root)
+        assert not is_inside(tmp_path / ("two" if base == "one" else "one") / "images" / "a.png", "images")
+    monkeypatch.chdir(tmp_path)
+    assert is_inside("alias/images/a.png", "one") and is_inside("one/a.png", "alias")
+    assert not is_inside("one/link/a.png", "one") and not is_inside("one/images/out.png", "one")
+    assert not is_inside("one/images/..", "one/images") and not is_inside("one/\0", "one") and is_inside("a", "/")

@@ -21,6 +21,7 @@ import scoring
 from accelerate.state import AcceleratorState
 from harness import ROOT
 from PIL import Image, ImageDraw, ImageFont
+from runs import read_rows
 from safetensors.torch import load_file, save_file
 
 import train_sd3_soar
@@ -76,6 +77,12 @@ def run_folder(tmp_path):
             row = {"file_name": name, "text": f'A sign that says "{wanted}".', "prompt_index": i, "image_index": 0}
             file.write(json.dumps(row) + "\n")
     return folder
+
+
+def test_runs_are_named_by_relative_paths_too(run_folder, monkeypatch):
+    """As in the README's commands."""
+    monkeypatch.chdir(run_folder.parent)
+    assert len(read_rows("run")) == len(read_rows(run_folder)) == 4
 
 
 def test_words_are_read_and_scored(call, run_folder, monkeypatch):
