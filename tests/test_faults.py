@@ -11,6 +11,7 @@ import re
 import resource
 import shutil
 import signal
+import socket
 import struct
 import subprocess
 import sys
@@ -482,6 +483,47 @@ def test_a_process_that_dies_takes_the_others_along(arguments, tmp_path):
     victim = max(children(launcher.pid))
     os.kill(victim, signal.SIGKILL)
     assert launcher.wait(60) != 0
+
+
+SRUN = """#!/bin/bash
+for i in $(seq 0 $((SLURM_NTASKS - 1))); do SLURM_PROCID=$i SLURM_LOCALID=$i "$@" & tasks+=($!); done
+echo "${tasks[@]}" > tasks
+for task in "${tasks[@]}"; do wait "$task" || code=$?; done
+exit ${code:-0}
+"""
+SCONTROL = """#!/bin/bash
+[ "$1" = show ] && echo 127.0.0.1 || echo "$@" >> requeued
+"""
+
+
+def test_slurm_queues_an_interrupted_job_again(arguments, tmp_path):
+    """The job's script with two processes, and stand-ins for Slurm's commands; a signal to each, as Slurm sends."""
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    python = f'#!/bin/bash\nexec {sys.executable} "$@"\n'
+    for name, text in {"srun": SRUN, "scontrol": SCONTROL, "python": python}.items():
+        (tools / name).write_text(text)
+        (tools / name).chmod(0o755)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    slurm = {"SLURM_NTASKS": "2", "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "node", "MASTER_PORT": str(port)}
+    environment = os.environ | slurm | {"PATH": f"{tools}:{os.environ['PATH']}", "ACCELERATE_USE_CPU": "true"}
+    script = ROOT / "examples" / "accelerate_configs" / "slurm.sh"
+    command = ["bash", script, ROOT / "train_sd3_soar.py", *arguments, "--max_train_steps", 100_000]
+    log = tmp_path / "log"
+    with open(log, "w") as output:
+        job = subprocess.Popen(
+            [*map(str, command)], stdout=output, stderr=subprocess.STDOUT, env=environment, cwd=tmp_path
+        )
+    deadline = time.monotonic() + 120
+    while " 2/100000 [" not in log.read_text():
+        assert job.poll() is None and time.monotonic() < deadline, log.read_text()[-3000:]
+        time.sleep(0.1)
+    for task in (tmp_path / "tasks").read_text().split():
+        os.kill(int(task), signal.SIGUSR1)
+    assert job.wait(60) == 75, log.read_text()[-3000:]
+    assert (tmp_path / "requeued").read_text() == "requeue 7\n" and list((tmp_path / "out").glob("checkpoint-*"))
 
 
 def test_bad_input_ends_both_processes_with_the_message(arguments, tmp_path):
