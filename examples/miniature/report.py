@@ -120,7 +120,7 @@ def spread(values, form=".3f"):
 
 def best_guidance(scores, key):
     """The setting that is best for a run on the validation prompts, and how many test prompts a task all have."""
-    settings = [name_of(*setting) for setting in GUIDANCES]
+    settings = [name for setting in GUIDANCES if (name := name_of(*setting)) in scores["validation"]]
     best = max(settings, key=lambda setting: outcomes(scores, setting, key, "validation").mean())
     return best, min(outcomes(scores, setting, key).shape[1] for setting in settings)
 
