@@ -489,7 +489,7 @@ def check_args(parser, args):
     optimizers = {"prodigyopt": args.optimizer == "prodigy", "bitsandbytes": args.use_8bit_adam}
     for package, wanted in (optimizers | {"torchao": args.full_bf16}).items():
         if wanted and importlib.util.find_spec(package) is None:
-            parser.error(f"{package} is not installed: `pip install {package}`")
+            parser.error(f"{package} is not installed: `pip install {package}`, or `uv run --with {package}`")
     if (args.optimizer != "adamw") + args.use_8bit_adam + args.full_bf16 > 1:
         parser.error("--optimizer prodigy, --use_8bit_adam and --full_bf16 each have an optimizer: give one of them")
     installed = [tracker.value for tracker in get_available_trackers()]

@@ -1,0 +1,198 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+Plant errors, one at a time, in a copy of the repository, and see whether the tests that should notice do.
+
+    python tests/mutate.py                 # all of them, two at a time
+    python tests/mutate.py --only renoise  # those whose file or line has the word
+
+Ends with the errors that lived; the exit code is their number. `tests/README.md` lists what was planted.
+"""
+
+import argparse
+import shutil
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from tqdm.auto import tqdm
+
+
+ROOT = Path(__file__).resolve().parents[1]
+SFT, SOAR, LORA, UTILS, DATA = (
+    "train_sd3_sft.py",
+    "train_sd3_soar.py",
+    "train_sd3_soar_lora.py",
+    "soar_utils.py",
+    "data_utils.py",
+)
+EVALUATION, MINIATURE, RL = "examples/evaluation", "examples/miniature", "examples/rl"
+FORMULAS, STEP = "test_soar_utils.py", "test_training.py -k follows_the_equations"
+
+# A file, a text that stands in it once, what takes its place, and the tests that should see it.
+MUTATIONS = [
+    # The method
+    (UTILS, "return shift * u / (1 + (shift - 1) * u)", "return shift * u / (1 + shift * u)", FORMULAS),
+    (UTILS, "return sigma / (shift - (shift - 1) * sigma)", "return sigma / (shift - shift * sigma)", FORMULAS),
+    (UTILS, "- 1 / num_sampling_steps).clamp(min=U_MIN)", "- 1 / num_sampling_steps)", FORMULAS),
+    (UTILS, "(velocity_cond.float() - velocity_uncond)", "(velocity_uncond - velocity_cond.float())", FORMULAS),
+    (UTILS, "a = (sigma_aux - sigma_next) / (1 - sigma_next)", "a = (sigma_aux - sigma_next) / 1", FORMULAS),
+    (UTILS, "(aux_latents.float() - latents.float()) / sigma_aux", "aux_latents.float() - latents.float()", FORMULAS),
+    (UTILS, "endpoint, std = x + (1 - sigma) * v", "endpoint, std = x + sigma * v", FORMULAS),
+    (
+        UTILS,
+        ".square().flatten(1).mean(dim=1)",
+        ".square().flatten(1).mean(dim=1).mean().expand(len(target))",
+        FORMULAS,
+    ),
+    (SOAR, "velocity_cfg = velocity.detach()", "velocity_cfg = velocity", STEP),
+    (SOAR, "latents[samples], sigma_aux)", "latents[samples.flip(0)], sigma_aux)", STEP),
+    (SOAR, "sigma_next + place * (sigma_upper - sigma_next)", "sigma_next + place * (sigma_upper - sigma)", STEP),
+    (SOAR, "with sync(number == len(chunks)):", "with sync(number == 1):", "test_elastic.py -k one_process_or_two"),
+    (SOAR, "yield args.lambda_aux * losses.sum() / denominator", "yield losses.sum() / denominator", STEP),
+    (
+        SOAR,
+        'batch[f"{kind}pooled_prompt_embeds"][samples]',
+        'batch["pooled_prompt_embeds"][samples]',
+        "test_training.py -k velocity_is_the_models",
+    ),
+    # Data and caches
+    (SOAR, " - (vae.config.shift_factor or 0))", ")", "test_data.py -k what_reaches_the_model"),
+    (SOAR, 'derive_seed("noise", self.args.seed, position)', "position", "test_elastic.py -k seeds_differ"),
+    (SOAR, "covering = max(width,", "covering = max(0,", "test_data.py -k 'resize or center_crop'"),
+    (SOAR, "y, x = round(top *", "x, y = round(top *", "test_data.py -k 'center_crop or random_crop'"),
+    (
+        SFT,
+        "return digest(image_digest, *size, crop, flip,",
+        "return digest(image_digest, *size, crop,",
+        "test_data.py -k 'keyed_by_content or cached_and_online'",
+    ),
+    (
+        SFT,
+        'return digest(caption, self.encoder_digests["text"])',
+        "return digest(caption)",
+        "test_data.py -k keyed_by_content",
+    ),
+    (DATA, "ends = [[(epoch + i) *", "ends = [[(epoch + i + i) *", "test_elastic.py -k 'every_sample or one_size'"),
+    (DATA, "self.start + self.process_index, None", "self.process_index, None", "test_elastic.py -k order_does_not"),
+    (DATA, "outside.rstrip(os.sep) + os.sep", "outside.rstrip(os.sep)", "test_data_utils.py -k inside"),
+    # The run
+    (
+        SOAR,
+        "        lr_scheduler.step()\n        optimizer.zero_grad()",
+        "        lr_scheduler.step()\n        lr_scheduler.step()\n        optimizer.zero_grad()",
+        "test_faults.py -k may_be_skipped",
+    ),
+    (
+        SFT,
+        "        os.replace(unfinished, folder)",
+        "        shutil.copytree(unfinished, folder)\n        shutil.rmtree(unfinished)",
+        "test_faults.py -k nothing_is_written",
+    ),
+    (SFT, "ema.step(parameters)", "pass", "test_flags.py -k use_ema"),
+    (SOAR, "            skipped_steps = 0\n", "", "test_faults.py -k may_be_skipped"),
+    (
+        SFT,
+        "for old in checkpoints(output_dir)[:-total_limit]",
+        "for old in checkpoints(output_dir)[: -total_limit - 1]",
+        "test_flags.py -k checkpoints_total_limit",
+    ),
+    (
+        SFT,
+        "except filelock.Timeout:\n        fail(",
+        "except filelock.Timeout:\n        print(",
+        "test_bad_input.py -k two_runs",
+    ),
+    # Evaluation
+    (
+        f"{EVALUATION}/geneval.py",
+        "np.maximum(np.abs(offset) - free, 0)",
+        "np.abs(offset)",
+        "test_geneval.py -k relations",
+    ),
+    (f"{EVALUATION}/geneval.py", 'if number >= clause["count"]:', 'if number > clause["count"]:', "test_geneval.py"),
+    (
+        f"{EVALUATION}/geneval.py",
+        "scores.append(1 - abs(len(group) - count) / count)",
+        "scores.append(1 - abs(len(group) - count))",
+        "test_geneval.py -k soft",
+    ),
+    (
+        f"{EVALUATION}/ocr.py",
+        "min(edit_distance(wanted, text), len(wanted)) / len(wanted)",
+        "edit_distance(wanted, text) / len(wanted)",
+        "test_evaluation.py -k text_score",
+    ),
+    (
+        f"{EVALUATION}/runs.py",
+        "np.quantile(drawn, [0.025, 0.975])",
+        "np.quantile(drawn, [0.05, 0.95])",
+        "test_evaluation.py -k intervals",
+    ),
+    # The miniature and reinforcement learning
+    (
+        f"{MINIATURE}/world.py",
+        "np.sign(a.cell[1] - b.cell[1]) == dx",
+        "np.sign(b.cell[1] - a.cell[1]) == dx",
+        "test_miniature.py -k 'truth or near_miss'",
+    ),
+    (
+        f"{MINIATURE}/report.py",
+        "np.quantile(means, [0.025, 0.975])",
+        "np.quantile(means, [0.25, 0.75])",
+        "test_miniature.py -k paired",
+    ),
+    (f"{RL}/train_sd3_nft_lora.py", "(1 - good, -1))", "(1 - good, 1))", "test_rl.py -k 'authors or first_gradient'"),
+    (
+        f"{RL}/train_sd3_flow_grpo_lora.py",
+        "torch.maximum(-advantages * ratio",
+        "torch.minimum(-advantages * ratio",
+        "test_rl.py -k clipped",
+    ),
+    (
+        f"{RL}/train_sd3_nft_lora.py",
+        "accelerator.unwrap_model(transformer).disable_adapters()",
+        "pass",
+        "test_rl.py -k starts_where",
+    ),
+]
+
+
+def lives(mutation):
+    """Whether the tests pass with an error planted, in a copy of its own."""
+    file, old, new, tests = mutation
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder, "repository")
+        ignored = shutil.ignore_patterns(".git", ".venv*", "outputs", "__pycache__", ".pytest_cache", ".ruff_cache")
+        shutil.copytree(ROOT, copy, ignore=ignored)
+        text = (copy / file).read_text()
+        if text.count(old) != 1:
+            raise SystemExit(f"error: {file} has {text.count(old)} times: {old!r}")
+        (copy / file).write_text(text.replace(old, new))
+        name, _, words = tests.partition(" -k ")
+        command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", f"tests/{name}"]
+        command += ["-k", words.strip("'")] if words else []
+        done = subprocess.run(command, cwd=copy, capture_output=True, text=True)
+        if done.returncode not in (0, 1):  # no test was found, or none could be collected
+            raise SystemExit(f"error: pytest {tests} ended with code {done.returncode}: {done.stdout[-1000:]}")
+        return done.returncode == 0
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Plant errors and see whether the tests notice.")
+    parser.add_argument("--only", default="", help="A word of the file, of the line, or of what takes its place.")
+    parser.add_argument("--workers", type=int, default=2)
+    args = parser.parse_args()
+    chosen = [mutation for mutation in MUTATIONS if args.only in " ".join(mutation)]
+    with ThreadPoolExecutor(args.workers) as pool:
+        found = list(tqdm(pool.map(lives, chosen), "Planting", len(chosen), unit="error"))
+    alive = [mutation for mutation, lived in zip(chosen, found, strict=True) if lived]
+    for file, old, new, tests in alive:
+        print(f"lived: {file}: {old!r} -> {new!r} ({tests})")
+    print(f"{len(chosen) - len(alive)} of {len(chosen)} planted errors were noticed")
+    sys.exit(len(alive))
+
+
+if __name__ == "__main__":
+    main()
