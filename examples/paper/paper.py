@@ -413,9 +413,8 @@ def run(stages, out, launcher):
         if stage.drop_missing:
             words = [w for w in words if not (f"{out}/images/" in w and not Path(w.split("=")[-1]).exists())]
         text = shlex.join(words)
-        if marker.exists() and marker.read_text() == text and stage.name != "report":
-            continue
-        if stage.name == "report" and marker.exists() and not missing and marker.read_text() == text:
+        is_report = stage.name == "report"
+        if marker.exists() and marker.read_text() == text and not (is_report and missing):
             continue
         if needed:
             missing[stage.name] = f"needs {', '.join(needed)}"
@@ -426,7 +425,8 @@ def run(stages, out, launcher):
         code, last = call([*program, *words])
         if code == 0:
             marker.write_text(text)
-            (done / "report").unlink(missing_ok=True) if stage.name != "report" else None
+            if not is_report:
+                (done / "report").unlink(missing_ok=True)  # it is made anew after anything else
         elif code in (EXIT_INTERRUPTED, -signal.SIGINT, -signal.SIGTERM):
             print(f"\nInterrupted in {stage.name}; the same command goes on.")
             return EXIT_INTERRUPTED
