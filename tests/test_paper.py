@@ -64,6 +64,35 @@ def test_sums_of_the_readme(size, monkeypatch):
     assert paper.summary(paper.plan(size, "outputs/paper", "--train_data_dir x")) in (HERE / "README.md").read_text()
 
 
+def test_what_cannot_run_is_named_and_tried_again(tmp_path, monkeypatch, capsys):
+    """With all that needs it; the others run; and when it can be had, it and the report are all that runs."""
+    monkeypatch.chdir(ROOT)
+    stages, called = paper.plan("one", str(tmp_path), "--train_data_dir x"), []
+    names = {stage.command: stage.name for stage in stages}
+
+    def call(command):
+        called.append(shlex.join(command[1:]))
+        fails = gone and ("--metric aesthetic" in called[-1] or "FLUX" in called[-1])
+        return (1, "no such weights") if fails else (0, "")
+
+    monkeypatch.setattr(paper, "call", call)
+    gone = True
+    assert paper.run(stages, str(tmp_path), "") == 0
+    missing = json.loads((tmp_path / "missing.json").read_text())
+    assert missing["filter-aesthetic"] == missing["draw-geneval-FLUX.1-dev"] == "no such weights"
+    assert missing["train-soar-aesthetic"] == "needs filter-aesthetic"
+    assert missing["train-soar-then-flow-grpo-aesthetic"] == "needs train-soar-aesthetic"
+    assert missing["draw-ocr-sft-aesthetic"] == "needs train-sft-aesthetic"
+    assert not any("clipscore" in name or name.endswith("-soar") for name in missing)
+    assert "missing: draw-ocr-FLUX.1-dev: no such weights" in capsys.readouterr().out
+    gone, before = False, len(called)
+    assert paper.run(stages, str(tmp_path), "") == 0
+    again = [names[command] for command in called[before:]]
+    assert again == [stage.name for stage in stages if stage.name in missing or stage.name == "report"]
+    before = len(called)
+    assert paper.run(stages, str(tmp_path), "") == 0 and len(called) == before
+
+
 def test_the_toy_experiment(tmp_path, monkeypatch, capsys):
     """From nothing to the report, killed in the middle; a second run does nothing; what is missing is named."""
     out, called, killed = tmp_path / "out", [], []
