@@ -572,7 +572,8 @@ def test_tables_of_the_readme():
     readme = (folder / "README.md").read_text()
     found = report_comparison.read(folder / "results")
     tables = [report_comparison.main_table(found), report_comparison.difference_table(found)]
-    tables += [report_comparison.cost_table(found), report_comparison.words_table(found)]
+    tables += [report_comparison.parts_table(found), report_comparison.cost_table(found)]
+    tables += [report_comparison.words_table(found)]
     tables += [cost.table(json.loads((folder / "results" / "cost.json").read_text()))]
     for table in tables:
         assert table in readme

@@ -57,7 +57,7 @@ def read(folder):
                 add(start, seed, forwards, start_run(start, seed).name)
     add("base, words", 0, 0, "basewords")
     for arm in plan(SEEDS):
-        if not isinstance(arm, Run):
+        if not isinstance(arm, Run) and (folder / f"{arm.name}.json").exists():  # a run that is done
             for step in [*arm.checkpoints(), arm.steps]:
                 name = arm.name if step == arm.steps else f"{arm.name}-step{step}"
                 add(label_of(arm), arm.seed, costs()[arm.start] + arm.forwards(step), name)
@@ -93,8 +93,6 @@ def main_table(found):
         if label.endswith("words"):
             continue
         last = list(ends(runs).values())
-        if "validation" not in last[0] or not last[0]["validation"]:
-            continue  # not at its end yet
         row = [label, "" if label == "base" else str(len(last))]
         last = last[:1] if label == "base" else last
         for setting, key in COLUMNS.values():
@@ -210,6 +208,22 @@ def cost_table(found):
     return table([f"forwards to a score of {best:.3f}", "guidance 4.5", "guidance 1"], rows)
 
 
+def parts_table(found):
+    """The scores of each method on its way: its start, after half a budget, after a whole one where it had one."""
+    names = {MAIN_SETTING: "guidance 4.5", UNGUIDED: "guidance 1"}
+    header = [f"{part}, {name}" for name in names.values() for part in ("start", "half a budget", "a whole one")]
+    rows = []
+    for label in found:
+        if label in STARTS or label.endswith("words"):
+            continue
+        row, runs = [label], with_start(found, label)
+        for setting in names:
+            means = curve(runs, setting, "lenient", CHECKPOINT_PROMPTS)[1]
+            row += [f"{mean:.3f}" for mean in means] + [""] * (3 - len(means))
+        rows.append(row)
+    return table(["", *header], rows)
+
+
 def draw_curves(found, path):
     from matplotlib import pyplot as plt
 
@@ -269,6 +283,7 @@ def main():
     print(f"Scores\n\n{main_table(found)}\n")
     print(f"Paired differences\n\n{difference_table(found)}\n")
     if "SOAR" in found:
+        print(f"Parts\n\n{parts_table(found)}\n")
         print(f"Cost\n\n{cost_table(found)}\n")
     if found.get("base, words"):
         print(f"Words\n\n{words_table(found)}\n")
