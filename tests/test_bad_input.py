@@ -264,7 +264,7 @@ def test_a_start_is_quiet(pipeline, photos, tmp_path):
     bars = r"^(Checking images|Counting CLIP tokens|Counting T5 tokens|Loading.*|Training|Validation): .*"
     said = [line for line in said if line and not re.match(bars, line)]
     expected = [
-        r"Seed \d+, 1 processes, global batch 4",
+        r"Seed \d+, 1 processes on cpu, float32, global batch 4",
         r"8 images, 0 dropped; sizes \{'96x96': 8\}\.",
         r"8 images are smaller than they are trained at: enlarged up to [\d.]+ x\.",
         rf"0 checkpoints of 0\.0 GiB and the result, 0\.0 GiB, in {tmp_path}/out; [\d.]+ GiB are free\. "

@@ -406,7 +406,7 @@ def test_loss_that_is_not_finite(what, script, run, monkeypatch, tmp_path):
     assert all(name in message for name in batches[2]) and len(batches[2]) == 2
     assert {path.name.split(".")[0] for path in map(Path, batches[2])} <= PHOTOS.keys()
     assert equal(out / "checkpoint-2", whole / "checkpoint-2")
-    assert {path.name for path in out.iterdir()} == {"cache", "checkpoint-2"}
+    assert {path.name for path in out.iterdir()} == {".lock", "cache", "checkpoint-2"}
     assert equal(run(script, *arguments, "--resume_from_checkpoint", "latest"), whole)
 
 

@@ -351,7 +351,7 @@ def test_share_of_gradients_below_epsilon(train, logged):
         numel["A" if "lora_A" in name else "B"] += tensor.numel()
     first, second = (log["below_epsilon"] for log in logged)
     assert first == pytest.approx(numel["A"] / sum(numel.values()), abs=0.03)
-    assert second < 0.01
+    assert second < first / 3
     train("--adam_epsilon", 1e9, "--max_train_steps", 1, "--overwrite_output_dir")
     assert logged[-1]["below_epsilon"] == 1
 
@@ -552,11 +552,9 @@ def test_methods_of_the_comparison_cost_what_they_are_said_to(tmp_path, monkeypa
         assert (pictures, each) == (compare_methods.PICTURES, compare_methods.METHODS[arm.method][2])
         spent = args.max_train_steps * pictures * each
         assert spent == arm.forwards(args.max_train_steps)
-        assert (
-            abs(spent - arm.budgets * compare_methods.BUDGET)
-            <= compare_methods.PARTS * arm.budgets * pictures * each / 2
-        )
-        assert args.checkpointing_steps * compare_methods.PARTS * arm.budgets == args.max_train_steps
+        budget = compare_methods.BUDGET * arm.parts / compare_methods.PARTS
+        assert abs(spent - budget) <= arm.parts * pictures * each / 2
+        assert args.checkpointing_steps * arm.parts == args.max_train_steps
         assert args.reward == [f"{arm.world}:reward=1"] and nft.read_prompts(args)
     assert {arm.start for arm in arms} == set(compare_methods.STARTS)
 
