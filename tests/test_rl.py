@@ -575,3 +575,6 @@ def test_tables_of_the_readme():
     tables += [cost.table(json.loads((folder / "results" / "cost.json").read_text()))]
     for table in tables:
         assert table in readme
+    findings = " ".join(readme.split("<!-- findings -->")[1].split("<!-- /findings -->")[0].split())
+    figures = re.findall(r"[+-]0\.\d{3} \[[^]]*\]|0\.\d{3}", findings)
+    assert len(figures) > 10 and [figure for figure in figures if figure not in "\n".join(tables)] == []

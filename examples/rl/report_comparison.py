@@ -5,7 +5,8 @@ Tables and pictures from the scores that `compare_methods.py` left, and from not
     python examples/rl/report_comparison.py examples/rl/results
 
 Prints Markdown; writes curves.png and samples.png beside the results. Intervals are 95 % bootstrap intervals over
-pairs of runs (same seed) and pictures within their tasks; with one pair over its pictures alone.
+pairs of runs (same seed) and pictures within their tasks; with one pair over its pictures alone; of
+two pairs they say little.
 """
 
 import argparse
