@@ -96,7 +96,7 @@ MUTATIONS = [
         SFT,
         "for old in checkpoints(output_dir)[:-total_limit]",
         "for old in checkpoints(output_dir)[: -total_limit - 1]",
-        "test_flags.py -k checkpoints_total_limit",
+        "test_flags.py -k test_checkpoints",
     ),
     (
         SFT,
