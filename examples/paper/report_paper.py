@@ -42,21 +42,11 @@ def read_json(path, default=None):
     return json.loads(path.read_text("utf-8")) if path.exists() else default
 
 
-def measured(out):
-    """By arm and metric, the summary of its scores over all sets of prompts: `dict[str, dict[str, dict]]`."""
+def compared(out, part):
+    """By arm and metric, the "scores" or the "differences" from the base, over all sets of prompts."""
     found = defaultdict(dict)
     for path in sorted(out.glob("compare/*/comparison.json")):
-        for metric, row in read_json(path)["scores"].items():
-            for arm, summary in row.items():
-                found[arm][metric] = summary
-    return found
-
-
-def differences(out):
-    """By arm and metric, the paired differences from the base."""
-    found = defaultdict(dict)
-    for path in sorted(out.glob("compare/*/comparison.json")):
-        for metric, row in read_json(path)["differences"].items():
+        for metric, row in read_json(path)[part].items():
             for arm, summary in row.items():
                 found[arm][metric] = summary
     return found
@@ -112,7 +102,11 @@ def make_report(size, out):
     stages = plan(size, str(out), "--train_data_dir my_images")
     arms = [s.name.removeprefix("train-") for s in stages if s.name.startswith("train-")]
     arms = ["base", *arms, *(name for name in SAME if name not in ("base", *arms))]
-    scores, paired, missing = measured(out), differences(out), read_json(out / "missing.json", {})
+    scores, paired, missing = (
+        compared(out, "scores"),
+        compared(out, "differences"),
+        read_json(out / "missing.json", {}),
+    )
     parts = [f"<h1>SOAR's experiment, size {size}</h1>"]
     if size == "tiny":
         text = (
