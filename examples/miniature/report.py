@@ -194,8 +194,9 @@ def bootstrap(runs, tasks, prompts, draws=4000):
     return chosen_runs, chosen_prompts.reshape(draws, -1)
 
 
-def difference(one, other, setting, key):
-    """Mean paired difference of two arms' outcomes, its interval, and in how many pairs of runs it has its sign."""
+def difference(one, other, setting, key, least=3):
+    """Mean paired difference of two arms' outcomes, its interval where there are as many pairs of runs as `least`, and
+    in how many of them it has its sign."""
     pairs = [
         outcomes(one[k], setting, key) - outcomes(other[k], setting, key) for k in sorted(one.keys() & other.keys())
     ]
@@ -205,7 +206,7 @@ def difference(one, other, setting, key):
     low, high = np.quantile(means, [0.025, 0.975])
     mean = pairs.mean()
     same = (np.sign(pairs.mean((1, 2))) == np.sign(mean)).sum()
-    interval = f" [{low:+.3f}, {high:+.3f}]" if len(pairs) > 2 else ""
+    interval = f" [{low:+.3f}, {high:+.3f}]" if len(pairs) >= least else ""
     return f"{mean:+.3f}{interval}, {same} of {len(pairs)}"
 
 
@@ -354,13 +355,17 @@ def draw_steps(runs, bases, path):
     plt.close(figure)
 
 
-def draw_samples(folder, path, base, title):
-    """The same prompts from the same noise through all arms on a base."""
+def samples_of(folder, base):
+    """The PNG of a base, and of every arm on it."""
+    arms = {arm: folder / f"{Run(arm, DROPOUTS[1], base, 0).name}.png" for arm in ARMS}
+    return {"base": folder / f"base{base}.png"} | arms
+
+
+def draw_samples(rows, path, title):
+    """The same prompts from the same noise through all arms: of each in `rows` its PNG, where there is one."""
     from matplotlib import pyplot as plt
     from PIL import Image
 
-    rows = {"base": folder / f"base{base}.png"}
-    rows |= {arm: folder / f"{Run(arm, DROPOUTS[1], base, 0).name}.png" for arm in ARMS}
     rows = {name: Image.open(file) for name, file in rows.items() if file.exists()}
     figure, axes = plt.subplots(len(rows), 1, figsize=(12, 1.02 * len(rows)), layout="constrained", squeeze=False)
     for (name, strip), (axis,) in zip(rows.items(), axes, strict=True):
@@ -401,9 +406,9 @@ def main():
         draw_scores(runs, bases, args.results / "scores.png")
         draw_steps(runs, bases, args.results / "steps.png")
         tasks = "     ".join(task.replace("_", " ") for task in TASKS)
-        draw_samples(args.results, args.results / "samples.png", 0, f"{tasks}     (two each)")
+        draw_samples(samples_of(args.results, 0), args.results / "samples.png", f"{tasks}     (two each)")
         if word_bases:
-            draw_samples(args.results, args.results / "words.png", "words", "words of the test")
+            draw_samples(samples_of(args.results, "words"), args.results / "words.png", "words of the test")
         if gaps := read_gaps(args.results, DROPOUTS[1]):
             draw_gap(gaps, args.results / "gap.png")
 

@@ -34,7 +34,6 @@ EXIT_INTERRUPTED = 75  # of the training scripts: stopped by a signal, after a c
 
 # Forwards of the model a sample and optimizer step, gradient checkpointing included: what ../benchmark counts.
 FORWARDS = {"sft": 4, "soar": 29, "sft_lora": 3, "soar_lora": 23}
-GRAPH_FORWARDS = {"sft_lora": 3}  # of a LoRA's forward and backward, checkpointed, for reinforcement learning
 H100, UTILISATION = 989e12, 0.2  # dense bf16 operations a second as published; the share of them that is assumed
 MEDIUM = "SD3.5-M, 512 px"
 # Models that are drawn with beside SD3.5-Medium: hub id, guidance, steps, gigabytes, and the licence to accept.
@@ -329,7 +328,7 @@ def rl_costs(size):
     required = ["--pretrained_model_name_or_path", "model", "--prompts", __file__, "--reward", "ocr=1"]
     args = method.parse_args([*required, *size.rl.split()])
     drawing, graphs, others = cost.forwards(method, args)
-    return args.num_groups * args.group_size, drawing + graphs * GRAPH_FORWARDS["sft_lora"] + others
+    return args.num_groups * args.group_size, drawing + graphs * FORWARDS["sft_lora"] + others
 
 
 def tflop(stage):

@@ -21,7 +21,7 @@ from compare_methods import BUDGET, METHODS, SEEDS, STARTS, plan, start_run
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "miniature"))
 from experiment import CHECKPOINT_PROMPTS, STEPS, Run, name_of  # noqa: E402
-from report import BEST, MAIN_SETTING, at_best_guidance, bootstrap, outcomes, spread, table  # noqa: E402
+from report import BEST, MAIN_SETTING, at_best_guidance, difference, draw_samples, outcomes, spread, table  # noqa: E402
 from world import TASKS, choose_prompts  # noqa: E402
 
 
@@ -108,17 +108,6 @@ def main_table(found):
     return table(header, rows)
 
 
-def difference(one, other, setting, key):
-    """Mean paired difference of two arms' outcomes, its interval, and in how many pairs of runs it has its sign."""
-    seeds = sorted(one.keys() & other.keys())
-    pairs = np.array([outcomes(one[seed], setting, key) - outcomes(other[seed], setting, key) for seed in seeds])
-    chosen_runs, chosen_prompts = bootstrap(*pairs.shape)
-    means = (chosen_runs @ pairs.reshape(len(pairs), -1) * chosen_prompts).sum(1) / pairs.size
-    low, high = np.quantile(means, [0.025, 0.975])
-    same = (np.sign(pairs.mean((1, 2))) == np.sign(pairs.mean())).sum()
-    return f"{pairs.mean():+.3f} [{low:+.3f}, {high:+.3f}], {same} of {len(pairs)}"
-
-
 PAIRS = [
     *((method, start) for method in METHODS for start in ("base", "SFT", "SOAR")),
     *((f"{start}, then {method}", start) for method in METHODS for start in ("SFT", "SOAR")),
@@ -133,7 +122,9 @@ def difference_table(found):
     for one, other in PAIRS:
         if one in found and other in found:
             first, second = ends(found[one]), ends(found[other])
-            rows.append([f"{one} - {other}", *(difference(first, second, *column) for column in COLUMNS.values())])
+            rows.append(
+                [f"{one} - {other}", *(difference(first, second, *column, least=1) for column in COLUMNS.values())]
+            )
     return table(["difference", *COLUMNS], rows)
 
 
@@ -146,7 +137,7 @@ def words_table(found):
             row, last = [label.removesuffix(", words")], ends(runs)
             for setting in settings.values():
                 row.append(spread([outcomes(scores, setting, "letters").mean() for scores in last.values()]))
-                row.append("" if label == "base, words" else difference(last, base, setting, "letters"))
+                row.append("" if label == "base, words" else difference(last, base, setting, "letters", least=1))
             rows.append([*row, f"{max(max(scores) for scores in runs.values()) / 1000:.0f}k"])
     return table(["", *(column for name in settings for column in (name, "- base")), "forwards"], rows)
 
@@ -254,23 +245,11 @@ def draw_curves(found, path):
     plt.close(figure)
 
 
-def draw_samples(folder, path):
-    """The same prompts from the same noise through all arms of the first seed, at guidance 4.5."""
-    from matplotlib import pyplot as plt
-    from PIL import Image
-
+def samples_of(folder):
+    """The PNG of the base and of every arm of the first seed."""
     names = {"base": "base0"} | {start: start_run(start, 0).name for start in STARTS if start != "base"}
     names |= {label_of(arm): arm.name for arm in plan(1) if not isinstance(arm, Run) and arm.world == "world"}
-    rows = {label: folder / f"{name}.png" for label, name in names.items()}
-    rows = {label: Image.open(file) for label, file in rows.items() if file.exists()}
-    figure, axes = plt.subplots(len(rows), 1, figsize=(12, 1.02 * len(rows)), layout="constrained", squeeze=False)
-    for (name, strip), (axis,) in zip(rows.items(), axes, strict=True):
-        axis.imshow(strip, interpolation="nearest")
-        axis.set(xticks=[], yticks=[])
-        axis.set_ylabel(name, rotation=0, ha="right", va="center", fontsize=9)
-    axes[0, 0].set_title("     ".join(task.replace("_", " ") for task in TASKS) + "     (two each)", fontsize=9)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    return {label: folder / f"{name}.png" for label, name in names.items()}
 
 
 def main():
@@ -293,7 +272,8 @@ def main():
 
         matplotlib.use("Agg")
         draw_curves(found, args.results / "curves.png")
-        draw_samples(args.results, args.results / "samples.png")
+        tasks = "     ".join(task.replace("_", " ") for task in TASKS)
+        draw_samples(samples_of(args.results), args.results / "samples.png", f"{tasks}     (two each)")
 
 
 if __name__ == "__main__":
