@@ -91,6 +91,25 @@ def logged(monkeypatch):
     return values
 
 
+@pytest.fixture
+def compiled(monkeypatch):
+    """The graphs that the compiler is given: it runs them as they are. Also why a frame was compiled again."""
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    def compile(self, **more):
+        self._compiled_call_impl = torch.compile(self._call_impl, backend=backend, **more)
+
+    torch.compiler.reset()
+    torch._dynamo.utils.counters.clear()
+    monkeypatch.setattr(torch.nn.Module, "compile", compile)
+    yield graphs
+    torch.compiler.reset()
+
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads do not survive a fork
 torch.set_num_threads(1)

@@ -371,3 +371,5 @@ def test_figures_of_the_readme():
         sft, soar = (results[f"{method} {flags}"]["step_s"] for method in ("sft", "soar"))
         assert f"{soar / sft:.1f} times" in text and f"{compiled['step_s'] / soar:.2f}" in text
     assert f"a first step of {compiled['first_step_s']:.0f} s" in text
+    plain, compiled = (result["measured"]["step_s"] for result in files["gpu_lora"]["results"])
+    assert f"{compiled / plain:.2f} of a LoRA's" in text

@@ -270,25 +270,6 @@ def test_gradient_checkpointing(script, default, run, monkeypatch):
     assert len(started) - count > 1.5 * count
 
 
-@pytest.fixture
-def compiled(monkeypatch):
-    """The graphs that the compiler is given: it runs them as they are. Also why a frame was compiled again."""
-    graphs = []
-
-    def backend(graph, inputs):
-        graphs.append(graph)
-        return graph
-
-    def compile(self, **more):
-        self._compiled_call_impl = torch.compile(self._call_impl, backend=backend, **more)
-
-    torch.compiler.reset()
-    torch._dynamo.utils.counters.clear()
-    monkeypatch.setattr(torch.nn.Module, "compile", compile)
-    yield graphs
-    torch.compiler.reset()
-
-
 @covers("--torch_compile")
 @pytest.mark.parametrize(
     ("script", "flags", "kinds"),

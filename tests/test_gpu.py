@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What only a GPU can show: every way to train there runs, and a resumed run ends with the bits of a straight one."""
 
+import functools
 import json
 import math
 import os
@@ -61,6 +62,37 @@ def test_resumed_run_ends_with_the_same_bits(run, way, tmp_path, monkeypatch):
     assert equal(straight, resumed)
     # It learned, so that the same bits are not the ones it began with.
     assert not equal(straight / "checkpoint-2", straight)
+
+
+@pytest.mark.parametrize(
+    ("script", "flags"),
+    [
+        ("train_sd3_nft_lora", "--old_rate 0.2 --kl_weight 0.01 --gradient_checkpointing"),
+        ("train_sd3_flow_grpo_lora", "--num_updates 2"),
+        ("train_sd3_flow_grpo_lora", "--sde_type cps --rollout_guidance 1 --kl_weight 0 --adam_epsilon 1e-15"),
+    ],
+)
+def test_reinforcement_learning(script, flags, run, logged, tmp_path, monkeypatch):
+    """A resumed run ends with the bits of a straight one; before its update a policy is the one that drew."""
+    rl = ROOT / "examples" / "rl"
+    monkeypatch.syspath_prepend(rl)
+    monkeypatch.chdir(rl)  # where its reward is looked for
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    (tmp_path / "prompts.txt").write_text("a red square\na dog\na house by the sea\n")
+    arguments = f"{flags} --prompts {tmp_path}/prompts.txt --reward time_rollouts:brightness=1 --num_rollout_steps 7"
+    arguments += " --num_groups 2 --group_size 4 --max_train_steps 3 --checkpointing_steps 1 --mixed_precision bf16"
+    train = functools.partial(run, script, *arguments.split(), omit=["--train_data_dir"])
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        straight = train("--output_dir", tmp_path / "straight")
+        resumed = train(*resume_as_killed(straight, tmp_path / "resumed"))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert equal(straight, resumed) and not equal(straight / "checkpoint-2", straight)
+    assert len(logged) == 4 and all(math.isfinite(value) for logs in logged for value in logs.values())
+    print("ratio_error", [logs.get("ratio_error") for logs in logged])
+    if "num_updates" not in flags:
+        assert max(logs.get("ratio_error", 0) for logs in logged) < 1e-6
 
 
 def test_fsdp2(pipeline, photos, tmp_path):

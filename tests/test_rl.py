@@ -24,6 +24,7 @@ sys.path.insert(0, str(ROOT / "examples" / "rl"))
 import compare_methods  # noqa: E402
 import cost  # noqa: E402
 import report_comparison  # noqa: E402
+import time_rollouts  # noqa: E402
 import train_sd3_flow_grpo_lora as grpo  # noqa: E402
 import train_sd3_nft_lora as nft  # noqa: E402
 
@@ -420,6 +421,17 @@ def test_resumed_run_ends_with_the_same_bits(method, flags, train, tmp_path):
         train(*flags, "--advantage_scale", "group")
 
 
+def test_torch_compile(train, compiled, tmp_path):
+    """The same run, and no more graphs than there are kinds of blocks and of forwards."""
+    flags = [*NFT, "--adam_epsilon", 1e-3, "--old_rate", 0.2]
+    plain = train(*flags, "--output_dir", tmp_path / "plain")
+    assert not compiled
+    for name, tensor in weights(train(*flags, "--torch_compile")).items():
+        torch.testing.assert_close(tensor, weights(plain)[name], rtol=1e-4, atol=1e-6)
+    # Drawing, the old policy and the start: each block but the last, and the last; with a gradient the first, too.
+    assert len(compiled) == 3 * 2 + 3 and not torch._dynamo.utils.counters["graph_break"]
+
+
 @pytest.mark.parametrize(("method", "flags"), [(nft, NFT), (grpo, [])])
 def test_two_processes_train_what_one_trains(method, flags, train, tmp_path, pipeline):
     """Up to the order of float32 sums: each has its share of the groups, and of every update."""
@@ -504,13 +516,14 @@ def test_one_line_for_a_mistake(flags, message, train, tmp_path):
         (["--num_train_sigmas", "3"], "--num_train_sigmas 3: at most --num_rollout_steps less one"),
         (["--num_updates", "3"], "--group_size 4 cannot be shared out to --num_updates 3"),
         (["--trajectory_length", "3"], "unknown arguments: --trajectory_length"),
+        (["--torch_compile", "--mixed_precision", "bf16", "--kl_weight", "0"], "--torch_compile rounds otherwise"),
         (["--sde_window_size", "6"], "--sde_window_size 6 is longer than --sde_window_range"),
         (["--sde_window_size", "2", "--num_rollout_steps", "5"], "--sde_window_range ends before"),
     ],
 )
 def test_one_line_for_a_wrong_flag(flags, message, train, capsys):
     with pytest.raises(SystemExit, match="2"):
-        train(*flags, method=grpo if "--sde_window_size" in flags else nft)
+        train(*flags, method=grpo if {"--sde_window_size", "--torch_compile"} & set(flags) else nft)
     assert message in capsys.readouterr().err
 
 
@@ -559,6 +572,18 @@ def test_methods_of_the_comparison_cost_what_they_are_said_to(tmp_path, monkeypa
     assert {arm.start for arm in arms} == set(compare_methods.STARTS)
 
 
+@pytest.mark.parametrize("method", ["nft", "flow_grpo"])
+def test_stages_of_a_rollout(method, pipeline, tmp_path, monkeypatch):
+    """Timed from outside the script, they are all of its own time but a little."""
+    monkeypatch.chdir(ROOT / "examples" / "rl")  # where its reward is looked for
+    flags = f"{method} --resolution 32 --max_sequence_length 16 --num_groups 1 --group_size 2 --num_rollout_steps 7"
+    found = time_rollouts.measure(flags, pipeline, tmp_path)
+    assert 0 < found["stages_s"]["everything else"] < 0.5 * found["rollout_s"]
+    assert found["rollout_s"] == pytest.approx(sum(found["stages_s"].values()))
+    assert found["pictures"] == 2 and found["logs"]["seconds"] == found["rollout_s"]
+    assert f"| 2 | {found['pictures_per_second_drawn']:.2f} |" in time_rollouts.table({"results": [found]})
+
+
 def test_where_a_curve_reaches_a_goal():
     assert report_comparison.reached([0, 10, 20], [0.1, 0.3, 0.2], 0.2) == pytest.approx(5)
     assert report_comparison.reached([0, 10], [0.1, 0.3], 0.4) is None
@@ -573,6 +598,7 @@ def test_tables_of_the_readme():
     tables += [report_comparison.parts_table(found), report_comparison.cost_table(found)]
     tables += [report_comparison.words_table(found)]
     tables += [cost.table(json.loads((folder / "results" / "cost.json").read_text()))]
+    tables += [time_rollouts.table(json.loads((folder / "results" / "rollouts.json").read_text()))]
     for table in tables:
         assert table in readme
     findings = " ".join(readme.split("<!-- findings -->")[1].split("<!-- /findings -->")[0].split())

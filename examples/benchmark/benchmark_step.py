@@ -315,7 +315,8 @@ class Configuration:
             "peak_reserved_gib": torch.cuda.max_memory_reserved() / GIB if cuda else None,
         }
         if profile:
-            result["profile"] = profile_kernels(take_step)
+            with profiled_kernels() as result["profile"]:
+                take_step()
         accelerator.free_memory()
         return result
 
@@ -352,11 +353,17 @@ KERNELS = {
 }
 
 
-def profile_kernels(take_step):
-    """Seconds of one step by what its kernels are for, those that took longest, and when the GPU had nothing to do."""
+@contextlib.contextmanager
+def profiled_kernels():
+    """
+    What the GPU does inside the block: `dict` of seconds by what kernels are for, of those that took longest, and of
+    the time when it had nothing to do; filled at the block's end.
+    """
+    result = {}
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
         started = time.perf_counter()
-        take_step()
+        yield result
+        synchronize(True)
         elapsed = time.perf_counter() - started
     kinds, names = dict.fromkeys(KERNELS, 0.0), Counter()
     for event in profiler.events():
@@ -365,7 +372,7 @@ def profile_kernels(take_step):
             kinds[next(kind for kind, words in KERNELS.items() if re.search(words, event.name.lower()))] += seconds
             names[event.name[:120]] += seconds
     idle = elapsed - sum(kinds.values())
-    return {"profiled_step_s": elapsed, "idle_s": idle, "kinds_s": kinds, "longest_s": dict(names.most_common(25))}
+    result |= {"profiled_s": elapsed, "idle_s": idle, "kinds_s": kinds, "longest_s": dict(names.most_common(25))}
 
 
 def synchronize(cuda):
@@ -374,10 +381,10 @@ def synchronize(cuda):
 
 
 def matmul_rate(device, dtype, size):
-    """Operations per second of a large square matrix product, the best of three runs of ten."""
+    """Operations per second of a large square matrix product, the best of eight runs of ten: a cold GPU is slow."""
     a, b = torch.randn(2, size, size, device=device).to(dtype)
     best = 0.0
-    for _ in range(3):
+    for _ in range(8):
         torch.mm(a, b)
         synchronize(device.type == "cuda")
         started = time.perf_counter()

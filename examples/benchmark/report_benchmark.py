@@ -154,7 +154,8 @@ def main():
         tables, gpu = [], on_gpu(document)
         new = {result["configuration"] for result in document["results"]} - counted
         if new if gpu else not any(result["measured"] for result in document["results"]):
-            tables.append(step_table(document, measured))
+            same = steps.get(name.replace("count", "gpu"), {"results": []})["results"]  # of one machine
+            tables.append(step_table(document, measured | {r["configuration"]: r["measured"] for r in same}))
         if not gpu and any(r["measured"] and r["configuration"].startswith("sft") for r in document["results"]):
             tables.append(ratio_table(document))
         for table in tables:

@@ -6,7 +6,11 @@
 #
 #     bash examples/benchmark/run.sh count    # any machine, 30 minutes: operations and memory at SD3.5-Medium's size
 #     bash examples/benchmark/run.sh cpu      # any machine, 5 minutes: ratios of times of a small model
-#     bash examples/benchmark/run.sh gpu      # one GPU: times and memory of what fits; not yet run
+#     bash examples/benchmark/run.sh gpu      # one GPU: times and memory of what fits; `gpu chunks lora`: these parts
+#     bash examples/benchmark/run.sh runs     # one GPU: whole runs as on cards of 8, 12, 16 and 24 GB
+#     bash examples/benchmark/run.sh rollouts # one GPU: rollouts of reinforcement learning, stage by stage
+#
+# STEPS="--warmup 1 --steps 3" times fewer steps.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 here=examples/benchmark results=${RESULTS:-examples/benchmark/results}
@@ -24,8 +28,8 @@ step=(
     "soar $bf16 $cached --full_bf16"
 )
 nf4=(--bnb_quantization_config_path examples/configs/nf4.json --use_8bit_adam)
-chunks=() cost=() small=() lora=("soar_lora $bf16 $cached")
-for chunk in 1 2 8 12 24; do chunks+=("soar $bf16 $cached --aux_batch_size $chunk"); done
+chunks=("soar $bf16 $cached") cost=() small=() lora=("soar_lora $bf16 $cached")
+for chunk in 12 24 8 2 1; do chunks+=("soar $bf16 $cached --aux_batch_size $chunk"); done
 for paths in 1 2; do
     for length in 1 2 4 6 8; do
         cost+=("soar $bf16 $cached --num_rollout_paths $paths --trajectory_length $length")
@@ -93,15 +97,25 @@ runs)
     ;;
 gpu)
     make medium ""
-    compiled=("soar $bf16 $cached --torch_compile" "sft $bf16 $cached --torch_compile"
-        "soar_lora $bf16 $cached --torch_compile")
-    for part in step lora compiled chunks cost small; do
+    compiled=("soar_lora $bf16 $cached --torch_compile" "soar $bf16 $cached --torch_compile"
+        "soar $bf16 $cached --torch_compile --aux_batch_size 12" "sft $bf16 $cached --torch_compile")
+    (($# > 1)) || set -- gpu step lora compiled chunks cost small
+    for part in "${@:2}"; do
         declare -n list=$part
-        benchmark "gpu_$part" outputs/medium --profile --counted "$results"/count_*.json -- "${list[@]}"
+        benchmark "gpu_$part" outputs/medium --profile ${STEPS:-} --counted "$results"/count_*.json -- "${list[@]}"
     done
     ;;
+rollouts)
+    make medium ""
+    small="$bf16 --gradient_checkpointing --no_text_encoder_3 --num_groups 2 --group_size 12 --train_batch_size 4"
+    large="$bf16 --gradient_checkpointing --no_text_encoder_3 --num_groups 2 --group_size 16 --train_batch_size 16"
+    nft="--num_train_sigmas 4 --old_rate 0.0075"
+    window="--rollout_guidance 1 --sde_type cps --sde_noise_scale 0.8 --sde_window_size 3 --kl_weight 0"
+    python examples/rl/time_rollouts.py outputs/medium --output "${RESULTS:-examples/rl/results}/rollouts.json" \
+        "nft $large $nft" "nft $small $nft" "flow_grpo $large $window" "flow_grpo $small $window"
+    ;;
 *)
-    sed -n '3,11p' "$0"
+    sed -n '4,13p' "$0"
     exit 2
     ;;
 esac

@@ -31,8 +31,8 @@ import train_sd3_sft  # noqa: E402
 
 
 # Card: memory in GB, dense bf16 operations a second as published, and the share of them that is assumed. The larger
-# card's share is what the benchmark measured of such steps; a smaller one waits less for its host.
-CARDS = {"RTX 4090": (24, 165e12, 0.4), "H100": (80, 989e12, 0.2)}
+# card's share is what `time_rollouts.py` measured of its recipe's batch; a smaller one waits less for its host.
+CARDS = {"RTX 4090": (24, 165e12, 0.4), "H100": (80, 989e12, 0.15)}
 SMALL = "--num_groups 8 --group_size 12 --train_batch_size 4 --max_train_steps 300"
 LARGE = "--num_groups 24 --group_size 16 --train_batch_size 16 --max_train_steps 300"
 NFT = "--num_train_sigmas 4 --old_start 75 --old_rate 0.0075 --old_max 0.999"

@@ -52,14 +52,14 @@ from data_utils import derive_seed, digest, make_table  # noqa: E402
 # Flags of the training script that mean here what they mean there. Its others, of data and SOAR, are refused.
 SHARED_FLAGS = """
     --pretrained_model_name_or_path --revision --variant --transformer --lora --rank --lora_alpha --lora_layers
-    --lora_blocks --no_text_encoder_3 --mixed_precision --gradient_checkpointing --allow_tf32 --resolution
-    --max_sequence_length --cache_dir --cache_batch_size --offload --output_dir --overwrite_output_dir --seed
-    --train_batch_size --max_train_steps --learning_rate --lr_scheduler --lr_warmup_steps --lr_num_cycles --lr_power
-    --lr_step_rules --use_8bit_adam --adam_beta1 --adam_beta2 --adam_weight_decay --adam_epsilon --max_grad_norm
-    --checkpointing_steps --checkpoints_total_limit --resume_from_checkpoint --allow_resume_changes --save_dtype
-    --validation_prompt --num_validation_images --validation_steps --validation_height --validation_width
-    --num_inference_steps --guidance_scale --skip_final_inference --report_to --push_to_hub --hub_model_id
-    --hub_private --hub_token
+    --lora_blocks --no_text_encoder_3 --mixed_precision --gradient_checkpointing --torch_compile --allow_tf32
+    --resolution --max_sequence_length --cache_dir --cache_batch_size --offload --output_dir --overwrite_output_dir
+    --seed --train_batch_size --max_train_steps --learning_rate --lr_scheduler --lr_warmup_steps --lr_num_cycles
+    --lr_power --lr_step_rules --use_8bit_adam --adam_beta1 --adam_beta2 --adam_weight_decay --adam_epsilon
+    --max_grad_norm --checkpointing_steps --checkpoints_total_limit --resume_from_checkpoint --allow_resume_changes
+    --save_dtype --validation_prompt --num_validation_images --validation_steps --validation_height
+    --validation_width --num_inference_steps --guidance_scale --skip_final_inference --report_to --push_to_hub
+    --hub_model_id --hub_private --hub_token
 """.split()
 MAX_ADVANTAGE = 5.0  # the authors'; a reward this many deviations above its group's mean has r = 1
 
@@ -308,6 +308,12 @@ def main(args):
         transformer = script.load_transformer(args, model_dir, weight_dtype, checkpoint, merged)
     if args.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
+    if args.torch_compile:
+        # Every kind of block is compiled with gradient, without, without its LoRA, for a last batch, for validation.
+        torch._dynamo.config.optimize_ddp = False
+        torch._dynamo.config.recompile_limit = 32
+        for block in transformer.transformer_blocks:
+            block.compile(dynamic=False)
     optimizer = script.make_optimizer(args, [p for p in transformer.parameters() if p.requires_grad])
     transformer, optimizer = accelerator.prepare(transformer, optimizer)
     parameters = [p for p in transformer.parameters() if p.requires_grad]
@@ -590,11 +596,15 @@ def score(rewards, images, rows):
 
 
 def run(args):
-    """[`main`], with one line where it is interrupted before training or has no memory left."""
+    """[`main`], with one line where it is interrupted before training, cannot compile, or has no memory left."""
     try:
         main(args)
     except KeyboardInterrupt:
         script.fail("interrupted before the training began")
+    except torch._dynamo.exc.TorchDynamoException as error:
+        script.fail(
+            f"--torch_compile needs Triton on a GPU, a C++ compiler on a CPU. Leave it out: {str(error)[:400]}"
+        )
     except torch.OutOfMemoryError as error:
         flags = "--gradient_checkpointing, a smaller --train_batch_size, --use_8bit_adam, --offload"
         script.fail(f"out of memory ({str(error)[:200]}). Try {flags}. {script.last_checkpoint(args.output_dir)}")
