@@ -344,6 +344,21 @@ def test_ratio_is_exactly_one_at_the_first_update(precision, sde_type, train, lo
     assert logged[-1]["ratio_error"] == logged[-1]["clipped"] == 0 < second["ratio_error"]
 
 
+def test_rounding_beyond_the_clip_range_is_said(train, monkeypatch, caplog):
+    """Where a device rounds a forward with a gradient otherwise than the one that drew, by more than is clipped at."""
+    predict = script.predict_velocity
+    monkeypatch.setattr(
+        script,
+        "predict_velocity",
+        lambda *inputs, **more: predict(*inputs, **more) * (1 + 1e-3 * torch.is_grad_enabled()),
+    )
+    flags = ["--sde_type", "cps", "--num_updates", 2, "--max_train_steps", 1, "--kl_weight", 0]
+    train(*flags, "--clip_range", 0.5, method=grpo)
+    assert "off 1" not in caplog.text
+    train(*flags, "--clip_range", 1e-6, "--overwrite_output_dir", method=grpo)
+    assert caplog.text.count("off 1, more than --clip_range 1e-06") == 1
+
+
 def test_share_of_gradients_below_epsilon(train, logged):
     """All below a large one; below a tiny one what is 0: that of A as long as B is 0, and little after a step."""
     out = train("--adam_epsilon", 1e-30)

@@ -268,7 +268,7 @@ def policy_losses(args, predict, normal, weights_of, part, sigmas, sync):
         some = functools.partial(predict, pictures)
         return transition(args, some, states.to(sigmas.device), sigmas[k], sigmas[k + 1])[0]
 
-    starts = None
+    starts, off = None, []
     if args.kl_weight:
         with torch.no_grad(), weights_of("start"):
             starts = [mean_and_std(of, k, states)[0].cpu() for of, k, states, *_ in terms]
@@ -281,12 +281,19 @@ def policy_losses(args, predict, normal, weights_of, part, sigmas, sync):
             loss = losses.sum() / count
             shares = {"policy_loss": loss.detach(), "ratio_error": (ratio - 1).abs().detach().sum() / count}
             shares["clipped"] = ((ratio - 1).abs() > args.clip_range).float().sum() / count
+            off.append((ratio - 1).abs().detach().max())
             if args.kl_weight:
                 coefficient = std / (sigmas[k] - sigmas[k + 1]).sqrt()
                 distance = (mean - starts[number].to(mean.device)).square().flatten(1).mean(dim=1)
                 kl = (distance / (2 * coefficient**2)).sum() / count
                 loss, shares["kl"] = loss + args.kl_weight * kl, kl.detach()
             yield loss, shares
+    if part.equal and off and (largest := float(torch.stack(off).max())) > args.clip_range:
+        script.logger.warning(
+            f"Before its first update the policy's ratio is up to {largest:.1e} off 1, more than --clip_range "
+            f"{args.clip_range:g}: a forward with a gradient rounds otherwise here. A larger range, or "
+            "--mixed_precision no, keeps rounding from deciding what is trained."
+        )
 
 
 def main(args):
