@@ -77,20 +77,8 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer
 
+import data_utils
 import soar_utils
-from data_utils import (
-    BucketBatchSampler,
-    Cache,
-    decode_image,
-    derive_seed,
-    digest,
-    file_bytes,
-    file_key,
-    inspect_rows,
-    is_inside,
-    make_table,
-    rows_of,
-)
 
 
 logging.disable(logging.NOTSET)
@@ -277,6 +265,7 @@ def main(args):
     # Everything that can be wrong with the input, before any model loads
     model_config = run_on_each(accelerator, check_model, args)
     model_dir = model_config["folder"]
+    check_folders(accelerator, args)
     checkpoint, saved_state = run_on_main(accelerator, find_checkpoint, args)
     if args.seed is None:
         seed = saved_state["compared"]["seed"] if checkpoint else random.getrandbits(31)
@@ -413,7 +402,7 @@ def main(args):
         else:
             skipped_steps = 0
             # The rounding of --full_bf16: alike on all processes, and after a restart.
-            torch.manual_seed(derive_seed(args.seed, "rounding", global_step))
+            torch.manual_seed(data_utils.derive_seed(args.seed, "rounding", global_step))
             optimizer.step()
             if ema is not None:
                 ema.to(device)
@@ -819,8 +808,8 @@ def load_images(args):
         else:
             image_column = "file_name" if args.image_column == "image" else args.image_column
             records = read_folder(args.train_data_dir, image_column, args.caption_column, args.instance_prompt)
-        return make_table(
-            {"image": {"path": path, "bytes": None}, "key": file_key(path), **others}
+        return data_utils.make_table(
+            {"image": {"path": path, "bytes": None}, "key": data_utils.file_key(path), **others}
             for path, others in itertools.islice(records, args.max_train_samples)
         )
 
@@ -839,15 +828,15 @@ def load_images(args):
     paths = (path for chunk in images.data.column("image").chunks for path in chunk.field("path").to_pylist())
     captions = itertools.repeat((None,), len(rows))
     if args.caption_column in rows.column_names:
-        captions = rows_of(rows, args.caption_column)
+        captions = data_utils.rows_of(rows, args.caption_column)
     where = f"--caption_column {args.caption_column} of {args.dataset_name}, row"
 
     def others():
         for i, (path, (caption,)) in enumerate(zip(paths, captions, strict=True)):
-            key = digest(rows._fingerprint, i, file_key(path))
+            key = data_utils.digest(rows._fingerprint, i, data_utils.file_key(path))
             yield {"key": key, **read_captions(caption, args.instance_prompt, f"{where} {i}")}
 
-    return datasets.concatenate_datasets([images, make_table(others())], axis=1)
+    return datasets.concatenate_datasets([images, data_utils.make_table(others())], axis=1)
 
 
 def read_folder(folder, image_column, caption_column, instance_prompt):
@@ -880,7 +869,7 @@ def read_folder(folder, image_column, caption_column, instance_prompt):
                     fail(f"--{flag} {column}: {where} has {', '.join(record)}; give the one that is meant")
             image = os.path.join(at, str(record[image_column]))
             image = image if image.isascii() else there.get(unicodedata.normalize("NFC", image), image)
-            if not is_inside(image, root):
+            if not data_utils.is_inside(image, root):
                 fail(f"{where}: {record[image_column]!r} leads out of --train_data_dir")
             yield image, read_captions(record.get(caption_column), instance_prompt, where)
     if metadata and len(images) > listed:
@@ -893,7 +882,7 @@ def read_folder(folder, image_column, caption_column, instance_prompt):
         if caption is None:
             way = f"write {Path(image).stem}.txt beside it, or give --instance_prompt for all such"
             fail(f"{image} has no caption: {way}")
-        if not is_inside(image, root):
+        if not data_utils.is_inside(image, root):
             fail(f"{image} leads out of --train_data_dir")
         yield image, read_captions(caption, instance_prompt, image)
 
@@ -930,7 +919,7 @@ def read_jsonl(path, image_dir, default):
         suffixes = ".jpg .jpeg .png .webp .JPG .JPEG .PNG .WEBP".split()
         candidates = [os.path.join(image_dir, f"{record['md5']}{suffix}") for suffix in suffixes]
         image = next((file for file in candidates if os.path.isfile(file)), candidates[0])
-        if len(record["md5"]) > 200 or not is_inside(image, image_dir):
+        if len(record["md5"]) > 200 or not data_utils.is_inside(image, image_dir):
             fail(f"{where}: `md5` {record['md5'][:200]!r} is no file name in --image_dir")
         if isinstance(value := record["caption_en"], str) and value.lstrip().startswith("{"):
             with contextlib.suppress(ValueError):  # a caption may simply begin with a brace
@@ -970,7 +959,7 @@ def check_images(args, rows, process_index=0, num_processes=1, again=False):
     """
     if len(rows) == 0:
         fail(f"{args.dataset_name or args.train_data_dir or args.jsonl_path} has no images")
-    if not any(text.strip() for (texts,) in rows_of(rows, "captions") for text in texts):
+    if not any(text.strip() for (texts,) in data_utils.rows_of(rows, "captions") for text in texts):
         fail("every caption is empty; is this the right --caption_column?")
     checks, bad = open_cache(args, "checks"), {}
     keys = np.array(rows["key"][:])
@@ -985,7 +974,7 @@ def check_images(args, rows, process_index=0, num_processes=1, again=False):
                 yield keys[row], json.dumps(found).encode()
 
     if unknown:
-        options = {"num_workers": args.dataloader_num_workers, "collate_fn": inspect_rows}
+        options = {"num_workers": args.dataloader_num_workers, "collate_fn": data_utils.inspect_rows}
         found = itertools.chain.from_iterable(DataLoader(rows.select_columns("image"), 16, sampler=unknown, **options))
         progress = {"desc": "Checking images", "unit": "image", "disable": process_index > 0}
         checks.write(good(tqdm(found, total=len(unknown), **progress)))
@@ -998,7 +987,7 @@ def inspect_images(args, model_config, rows):
     `captions`, and `size` (height, width) in pixels to train at.
     """
     checks, bad = check_images(args, rows)
-    if empty := sum(not all(text.strip() for text in texts) for (texts,) in rows_of(rows, "captions")):
+    if empty := sum(not all(text.strip() for text in texts) for (texts,) in data_utils.rows_of(rows, "captions")):
         logger.warning(f"{empty} of {len(rows)} captions are empty: those images train the unconditional model.")
     buckets = training_sizes(args)
     nearest = functools.lru_cache(lambda size: buckets[training_utils.find_nearest_bucket(*size, buckets)])
@@ -1006,7 +995,7 @@ def inspect_images(args, model_config, rows):
 
     def items():
         known = checks.values(checks.find(rows["key"][:]).tolist())
-        for row, (captions, *size) in enumerate(rows_of(rows, "captions", "height", "width")):
+        for row, (captions, *size) in enumerate(data_utils.rows_of(rows, "captions", "height", "width")):
             value = next(known)
             found = bad.get(row) or json.loads(value.decode())
             name = found["name"] or f"image {row} of the data set"
@@ -1029,7 +1018,7 @@ def inspect_images(args, model_config, rows):
                 grown.append(scale)
             yield {"row": row, "name": name, "digest": found["digest"], "captions": captions, "size": size}
 
-    inspected = make_table(items())
+    inspected = data_utils.make_table(items())
     logger.info(f"{len(inspected)} images, {len(rows) - len(inspected)} dropped; sizes {dict(sizes)}.")
     if grown:
         logger.warning(f"{len(grown)} images are smaller than they are trained at: enlarged up to {max(grown):.1f} x.")
@@ -1059,7 +1048,7 @@ class TrainingImages(Dataset):
 
     def pixels(self, item, top, left, flip):
         """Resize so that the image covers its training size, crop, flip; `(3, H, W)` uint8."""
-        image = decode_image(file_bytes(self.images[item["row"]]["image"]))
+        image = data_utils.decode_image(data_utils.file_bytes(self.images[item["row"]]["image"]))
         height, width = item["size"]
         scale = max(height / image.height, width / image.width)
         covering = max(width, round(image.width * scale)), max(height, round(image.height * scale))
@@ -1076,16 +1065,16 @@ class TrainingImages(Dataset):
         """The one crop of an image whose latents are cached, as fractions of the room there is."""
         if self.args.center_crop:
             return 0.5, 0.5
-        seed = derive_seed("crop", self.args.seed, image_digest)
+        seed = data_utils.derive_seed("crop", self.args.seed, image_digest)
         return torch.rand(2, generator=torch.Generator().manual_seed(seed)).tolist()
 
     def latents_key(self, image_digest, size, flip):
         """Of cached tensors the keys are digests of all that they depend on: they cannot be stale."""
         crop = None if self.args.center_crop else self.args.seed
-        return digest(image_digest, *size, crop, flip, self.encoder_digests["vae"])
+        return data_utils.digest(image_digest, *size, crop, flip, self.encoder_digests["vae"])
 
     def embeds_key(self, caption):
-        return digest(caption, self.encoder_digests["text"])
+        return data_utils.digest(caption, self.encoder_digests["text"])
 
     def load(self, batch):
         items = [(self.inspected[index], flip) for _, index, flip in batch]
@@ -1094,11 +1083,11 @@ class TrainingImages(Dataset):
 
     def __getitem__(self, key):
         index, position = key
-        item, seed = self.inspected[index], derive_seed("sample", self.args.seed, position)
+        item, seed = self.inspected[index], data_utils.derive_seed("sample", self.args.seed, position)
         top, left, flip, drop, choice = torch.rand(5, generator=torch.Generator().manual_seed(seed)).tolist()
         flip = self.args.random_flip and flip < 0.5
         sample = {
-            "seed": derive_seed("noise", self.args.seed, position),
+            "seed": data_utils.derive_seed("noise", self.args.seed, position),
             "drop": drop < self.args.cond_dropout_rate,
             "name": item["name"],
             "caption": item["captions"][int(choice * len(item["captions"]))],
@@ -1124,7 +1113,7 @@ def make_dataloader(args, accelerator, train_dataset, first_step):
     sizes, processes = [*map(tuple, train_dataset.inspected["size"][:])], accelerator.num_processes
     start = first_step * args.gradient_accumulation_steps * processes
     place = {"start": start, "process_index": accelerator.process_index, "num_processes": processes}
-    sampler = BucketBatchSampler(sizes, args.train_batch_size, args.seed, **place)
+    sampler = data_utils.BucketBatchSampler(sizes, args.train_batch_size, args.seed, **place)
     return DataLoader(
         train_dataset,
         batch_sampler=sampler,
@@ -1139,7 +1128,7 @@ def make_dataloader(args, accelerator, train_dataset, first_step):
 def open_cache(args, kind):
     """The [`Cache`] of this kind in --cache_dir."""
     with failing_with(f"--cache_dir {args.cache_dir}"):
-        return Cache(args.cache_dir, kind)
+        return data_utils.Cache(args.cache_dir, kind)
 
 
 # Encoders and their caches
@@ -1230,29 +1219,29 @@ def digest_encoders(args, model_dir, weight_dtype):
 
     def digests(*parts):
         paths = [path for part in parts for path in sorted(Path(model_dir, part).rglob("*")) if path.is_file()]
-        return [[path.name, known[file_key(path)].decode()] for path in paths]
+        return [[path.name, known[data_utils.file_key(path)].decode()] for path in paths]
 
     def read(path):
         with open(path, "rb") as file:
-            return file_key(path), hashlib.file_digest(file, "sha256").hexdigest().encode()
+            return data_utils.file_key(path), hashlib.file_digest(file, "sha256").hexdigest().encode()
 
     parts = ["vae", *text_parts(args.no_text_encoder_3)]
     paths = [path for part in parts for path in Path(model_dir, part).rglob("*") if path.is_file()]
-    unknown = [path for path in paths if known.find(file_key(path)) < 0]
+    unknown = [path for path in paths if known.find(data_utils.file_key(path)) < 0]
     known.write(map(read, tqdm(unknown, "Reading the encoders' files", leave=False, unit="file", disable=not unknown)))
-    text = digest(digests(*parts[1:]), args.max_sequence_length, str(weight_dtype), args.no_text_encoder_3)
-    return {"vae": digest(digests("vae")), "text": text}
+    text = data_utils.digest(digests(*parts[1:]), args.max_sequence_length, str(weight_dtype), args.no_text_encoder_3)
+    return {"vae": data_utils.digest(digests("vae")), "text": text}
 
 
 def report_truncation(args, model_dir, inspected):
     """Count the captions that are longer than what the text encoders read, once for the same captions."""
-    captions = [text for (texts,) in rows_of(inspected, "captions") for text in texts]
+    captions = [text for (texts,) in data_utils.rows_of(inspected, "captions") for text in texts]
     tokenizers = {"CLIP": "tokenizer"} if args.no_text_encoder_3 else {"CLIP": "tokenizer", "T5": "tokenizer_3"}
     known = open_cache(args, "checks")
     for name, part in tokenizers.items():
         tokenizer = AutoTokenizer.from_pretrained(model_dir, subfolder=part)
         length = tokenizer.model_max_length if name == "CLIP" else args.max_sequence_length
-        key = digest(name, length, len(tokenizer), captions)
+        key = data_utils.digest(name, length, len(tokenizer), captions)
         if known.find(key) < 0:
             starts = tqdm(range(0, len(captions), 1000), desc=f"Counting {name} tokens", unit="k captions")
             tokens = (tokenizer(captions[start : start + 1000], verbose=False).input_ids for start in starts)
@@ -1269,7 +1258,7 @@ def plan_caches(args, train_dataset, model_config, weight_dtype, prompts, proces
     latents, embeds, totals = defaultdict(list), [], [0, 0]
     if args.cache_latents:
         flips = [False, True] if args.random_flip else [False]
-        images = rows_of(train_dataset.inspected, "digest", "size")
+        images = data_utils.rows_of(train_dataset.inspected, "digest", "size")
         keys = [train_dataset.latents_key(*image, flip) for image in images for flip in flips]
         places, totals[0] = train_dataset.latents.find(keys), len({*keys})
         sizes = train_dataset.inspected["size"][:]
@@ -1277,7 +1266,7 @@ def plan_caches(args, train_dataset, model_config, weight_dtype, prompts, proces
             index, flip = divmod(place, len(flips))
             latents[tuple(sizes[index])].append((key, index, bool(flip)))
     if args.cache_prompt_embeds:
-        captions = (text for (texts,) in rows_of(train_dataset.inspected, "captions") for text in texts)
+        captions = (text for (texts,) in data_utils.rows_of(train_dataset.inspected, "captions") for text in texts)
         texts = {train_dataset.embeds_key(text): text for text in itertools.chain(prompts, captions)}
         places, totals[1] = train_dataset.embeds.find([*texts]), len(texts)
         embeds = [item for item, place in zip(texts.items(), places, strict=True) if place < 0]
@@ -1326,8 +1315,6 @@ def build_caches(args, accelerator, train_dataset, model_dir, model_config, vae,
         train_dataset.embeds.write(encoded)
     accelerator.wait_for_everyone()
     train_dataset.see_caches()
-    if processes > 1 and any(plan_caches(*inputs, (place + 1) % processes, processes)):  # of its neighbour
-        fail(f"--cache_dir {args.cache_dir}: all processes must see the same folder, on several machines a shared one")
 
 
 def embed_prompts(args, train_dataset, model_dir, model_config, weight_dtype, prompts, device):
@@ -1353,16 +1340,29 @@ def old_results(output_dir):
     return [path for path in (*(output / name for name in RESULTS), *output.glob("checkpoint-*")) if path.exists()]
 
 
+def check_folders(accelerator, args):
+    """Refuse an --output_dir or --cache_dir that cannot be written, or that is not the same one for all processes."""
+
+    def write(flag, folder, written):
+        with failing_with(f"--{flag} {folder} cannot be written"):
+            os.makedirs(folder, exist_ok=True)
+            return written.enter_context(tempfile.NamedTemporaryFile(dir=folder)).name
+
+    for flag, folder in (("output_dir", args.output_dir), ("cache_dir", args.cache_dir)):
+        with contextlib.ExitStack() as written:
+            path = Path(folder, Path(run_on_main(accelerator, write, flag, folder, written)).name)
+            # NFS may remember for half a minute what was not there.
+            seen = accelerate.utils.gather_object([any(path.exists() or time.sleep(1) for _ in range(40))])
+        if not all(seen):
+            fail(f"--{flag} {folder}: all processes must see the same folder, on several machines a shared one")
+
+
 def find_checkpoint(args):
     """
     The folder of the checkpoint that --resume_from_checkpoint means, and its `trainer_state.json`; or `None`, and step
-    0. Refuse an --output_dir that cannot be written or, without that flag, that holds another run's result.
+    0. Refuse an --output_dir that another run writes to or, without that flag, that holds another run's result.
     """
     output, wanted = Path(args.output_dir), args.resume_from_checkpoint
-    for flag, folder in (("output_dir", args.output_dir), ("cache_dir", args.cache_dir)):
-        with failing_with(f"--{flag} {folder} cannot be written"):
-            os.makedirs(folder, exist_ok=True)
-            tempfile.TemporaryFile(dir=folder).close()
     try:  # which no dead process keeps
         output_lock.enter_context(filelock.FileLock(output / ".lock", blocking=False))
     except filelock.Timeout:

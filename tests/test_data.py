@@ -2,7 +2,6 @@
 """What reaches the model: images, captions and their order, from each data source, encoded online or from a cache."""
 
 import hashlib
-import importlib
 import io
 import json
 import logging
@@ -359,7 +358,7 @@ def test_exif_rotation(samples, tmp_path):
 def decoded(name):
     """A picture that scikit-image ships, as the scripts see it and as it is stored."""
     path = Path(skimage.data.__file__).parent / name
-    return script.decode_image(path.read_bytes()), Image.open(path)
+    return data_utils.decode_image(path.read_bytes()), Image.open(path)
 
 
 def test_colour_profile():
@@ -498,7 +497,7 @@ def test_aspect_ratio_buckets(flags, samples, tmp_path, caplog):
         assert sizes == {"wide": (32, 64), "tall": (64, 32), "square": (48, 48), "wider": (32, 64)}
     assert all(side % 16 == 0 for size in sizes.values() for side in size)
     assert all(48 * 48 * 0.6 < height * width < 48 * 48 * 1.6 for height, width in sizes.values())
-    sampler = script.BucketBatchSampler([tuple(item["size"]) for item in images.inspected], 2, seed=0)
+    sampler = data_utils.BucketBatchSampler([tuple(item["size"]) for item in images.inspected], 2, seed=0)
     for keys in islice(sampler, 8):
         batch = script.collate([images[key] for key in keys])
         height, width = images.inspected[keys[0][0]]["size"]
@@ -698,8 +697,7 @@ def looked_at(monkeypatch):
         seen.append(hashlib.sha256(data).hexdigest())
         return decode(data)
 
-    for module in ("data_utils", "train_sd3_sft"):
-        monkeypatch.setattr(importlib.import_module(module), "decode_image", count)
+    monkeypatch.setattr(data_utils, "decode_image", count)
     return seen
 
 

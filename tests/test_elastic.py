@@ -11,7 +11,7 @@ from harness import finish, scalars, start, start_two, weights
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from train_sd3_soar import BucketBatchSampler, derive_seed
+from data_utils import BucketBatchSampler, derive_seed
 
 
 SETTINGS = """--resolution 32 --max_sequence_length 16 --learning_rate 1e-3 --seed 3 --cond_dropout_rate 0.3

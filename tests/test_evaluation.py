@@ -25,7 +25,7 @@ from runs import read_rows
 from safetensors.torch import load_file, save_file
 
 import train_sd3_soar
-from data_utils import inspect_rows
+from data_utils import decode_image, inspect_rows
 
 
 HERE = ROOT / "examples" / "evaluation"
@@ -503,7 +503,7 @@ def test_what_is_converted_is_what_training_sees(call, tmp_path):
     records = [json.loads(line) for line in (tmp_path / "out" / "data.jsonl").read_text().splitlines()]
     assert [record["caption_en"] for record in records] == ["grey.tiff", "turned.tiff"]
     for record in records:
-        seen = train_sd3_soar.decode_image((source / record["caption_en"]).read_bytes())
+        seen = decode_image((source / record["caption_en"]).read_bytes())
         assert np.array_equal(np.asarray(Image.open(tmp_path / "out" / "images" / f"{record['md5']}.png")), seen)
 
 

@@ -557,19 +557,22 @@ def test_two_runs_may_build_one_cache_at_once(arguments, run, tmp_path):
     assert len(cached(tmp_path / "cache" / "prompt_embeds")) == 9
 
 
-def test_processes_that_do_not_share_their_cache(arguments, tmp_path):
-    """As on two machines with a folder each: one line, before training, instead of a missing key within it."""
+@pytest.mark.parametrize("flag", ["output_dir", "cache_dir"])
+def test_processes_that_do_not_share_their_folders(flag, arguments, tmp_path):
+    """As on two machines with a folder each: one line, before anything loads, instead of a missing file later."""
 
     def apart():
-        if os.environ["RANK"] == "1":
-            init = Cache.__init__
-            Cache.__init__ = lambda self, folder, kind: init(self, folder, f"{kind}-of-another-machine")
+        own = tmp_path / os.environ["RANK"]
+        own.mkdir()
+        os.chdir(own)
+        time.sleep = lambda seconds: None
 
-    flags = [*arguments, "--cache_latents", "--cache_dir", tmp_path / "cache"]
+    flags = [*arguments, "--cache_dir", tmp_path / "cache"]
+    flags[flags.index(f"--{flag}") + 1] = "own"
     for process in start_two("train_sd3_soar", flags, tmp_path / "log.txt", apart):
         finish(process, tmp_path / "log.txt", code=1)
     log = (tmp_path / "log.txt").read_text()
-    assert f"error: --cache_dir {tmp_path / 'cache'}: all processes must see the same folder" in log
+    assert f"error: --{flag} own: all processes must see the same folder" in log
     assert "Traceback" not in log and "Training:" not in log
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from diffusers.training_utils import find_nearest_bucket
 from PIL import Image
-from runs import script
+from runs import data_utils, script
 from tqdm.auto import tqdm
 
 from data_utils import inspect_image
@@ -104,7 +104,7 @@ def check_output_arguments(parser, args):
         parser.error(f"--output_dir {args.output_dir} exists: choose another folder, or remove it")
     for folder in filter(None, (args.output_dir, getattr(args, "scores_dir", None))):
         for source in filter(None, (args.train_data_dir, args.image_dir, args.dataset_name)):
-            if os.path.isdir(source) and script.is_inside(folder, source):
+            if os.path.isdir(source) and data_utils.is_inside(folder, source):
                 parser.error(f"{folder} is inside {source}, where its images would be read as data")
     try:
         output_sizes(args)
@@ -180,12 +180,12 @@ def write_into(folder, args, rows, extra):
 
 def describe(to, row, image, size):
     """The line of an image, to train at `size` (height, width), its place under `target`; and it, maybe as PNG."""
-    data = script.file_bytes(image)
+    data = data_utils.file_bytes(image)
     with Image.open(io.BytesIO(data)) as opened:
         suffix = {"JPEG": ".jpg", "MPO": ".jpg", "PNG": ".png", "WEBP": ".webp"}.get(opened.format)
     if suffix is None and to == "jsonl":
         buffer = io.BytesIO()
-        script.decode_image(data).save(buffer, "PNG")
+        data_utils.decode_image(data).save(buffer, "PNG")
         data, suffix, image = buffer.getvalue(), ".png", {"bytes": buffer.getvalue(), "path": None}
     if to == "jsonl":
         md5 = hashlib.md5(data, usedforsecurity=False).hexdigest()

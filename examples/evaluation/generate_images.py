@@ -32,7 +32,7 @@ import torch
 from accelerate import Accelerator
 from diffusers import DiffusionPipeline
 from PIL import Image
-from runs import NESTED, script, write_whole
+from runs import NESTED, data_utils, script, write_whole
 from tqdm.auto import tqdm
 from trained import LORA_FILE, load_trained
 
@@ -130,7 +130,7 @@ def plan(args, prompts):
                 "text": prompt,
                 "prompt_index": index,
                 "image_index": image,
-                "seed": script.derive_seed("image", args.seed, index, image) % 2**63,
+                "seed": data_utils.derive_seed("image", args.seed, index, image) % 2**63,
             }
             if isinstance(fields.get("tag"), str):  # GenEval's task, which the comparison filters by
                 row["tag"] = fields["tag"]
@@ -177,7 +177,7 @@ def check_settings(args, rows):
     """
     used = {name: value for name, value in vars(args).items() if name not in ("output_dir", "batch_size", "offload")}
     used = {name: str(value) if isinstance(value, Path) else value for name, value in used.items()}
-    used["rows_digest"] = f"{script.derive_seed('rows', *(json.dumps(row, sort_keys=True) for row in rows)):016x}"
+    used["rows_digest"] = f"{data_utils.derive_seed('rows', *(json.dumps(row, sort_keys=True) for row in rows)):016x}"
     used["weights_digest"] = digest_weights(args)
     used["diffusers"] = diffusers.__version__
     path = args.output_dir / "generation.json"

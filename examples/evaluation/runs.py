@@ -13,6 +13,7 @@ import numpy as np
 
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[i]) for i in (1, 2)]  # for `trained` and the training script
+import data_utils  # noqa: E402
 import train_sd3_soar as script  # noqa: E402
 
 
@@ -30,7 +31,7 @@ def read_rows(folder):
         name = row.get("file_name")
         if not isinstance(name, str) or not isinstance(row.get("text"), str):
             script.fail(f"{where} needs the fields `file_name` and `text`")
-        if not script.is_inside(Path(folder, name), folder):
+        if not data_utils.is_inside(Path(folder, name), folder):
             script.fail(f"{where}: {name} leads out of {folder}")
         if name in rows:
             script.fail(f"{path}: {name} is twice there")

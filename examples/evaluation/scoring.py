@@ -12,7 +12,7 @@ from pathlib import Path
 import huggingface_hub
 import torch
 from data_sets import file_of
-from runs import NESTED, read_rows, script, write_whole
+from runs import NESTED, data_utils, read_rows, script, write_whole
 from tqdm.auto import tqdm
 
 
@@ -53,7 +53,7 @@ def identify(row):
     else:
         content = None
     fields = json.dumps({key: value for key, value in row.items() if key != "image"}, sort_keys=True)
-    return row | {"digest": f"{script.derive_seed('score', content, fields):016x}"}
+    return row | {"digest": f"{data_utils.derive_seed('score', content, fields):016x}"}
 
 
 def load_scorer(metric, device, rows):
@@ -154,7 +154,7 @@ def score(scorer, metric, rows, folder, batch_size):
             batch, images = [], []
             for row in rows[start : start + batch_size]:
                 try:
-                    images.append(script.decode_image(script.file_bytes(file_of(row))))
+                    images.append(data_utils.decode_image(data_utils.file_bytes(file_of(row))))
                     batch.append(row)
                 except Exception as error:  # a broken file raises whatever its decoder raises; reported, not scored
                     broken.append(f"{row['file_name']}: {type(error).__name__}: {error}")

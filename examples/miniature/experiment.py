@@ -5,6 +5,7 @@ Run what is missing of the experiment: the world, the bases, the arms, their sco
     python examples/miniature/experiment.py quick
     python examples/miniature/experiment.py full --workers 2
     python examples/miniature/experiment.py large --workers 8   # the same with a larger model, for a GPU
+    python examples/miniature/experiment.py schedule   # learning rates that fall to zero, on the first base
 
 Each arm is trained by a script of this collection, by its command line, in a process of its own with one thread; an
 interrupted run is resumed from its checkpoint, one that has its scores is not run again. Scores go to `results/`, one
@@ -49,7 +50,13 @@ OTHER_ARMS = {
     "SOAR N=1 x 3": (SOAR, "--trajectory_length 1 --train_batch_size 24", None),  # costs what SOAR and SFT x 7 cost
     "SOAR-LoRA": (LORA, "--rank 16 --learning_rate 1e-3", None),
 }
-ARMS = MAIN_ARMS | OTHER_ARMS
+CHANGED = ("SFT", "SFT x 7", "SOAR K=40")  # the arms that are run with another schedule, too
+SCHEDULE_ARMS = {
+    f"{arm} cosine": (script, f"{flags} --lr_scheduler cosine", control)
+    for arm, (script, flags, control) in MAIN_ARMS.items()
+    if arm in CHANGED
+}
+ARMS = MAIN_ARMS | OTHER_ARMS | SCHEDULE_ARMS
 DROPOUTS = (0.0, 0.1)
 # Of the other arms, what the conclusions rest on.
 REPEATED_WITHOUT_DROPOUT = ("sigma mixture", "SOAR K=5", "SOAR without CFG", "SOAR N=1 x 3")
@@ -89,11 +96,11 @@ class Run:
         """Name of the exposure bias of the main arms like this run."""
         return f"gap-dropout{self.dropout:g}-base{self.base}-seed{self.seed}"
 
-    def scores(self, steps, quick):
+    def scores(self, steps, size):
         """Names of all that is scored with this run."""
         names = [self.name]
-        if self.arm in MAIN_ARMS:
-            names += [f"{self.name}-step{step}" for step in CHECKPOINTS if step < steps and not quick]
+        if self.arm in MAIN_ARMS and size != "schedule":
+            names += [f"{self.name}-step{step}" for step in CHECKPOINTS if step < steps and size != "quick"]
             names += [self.gap] if self.base != "words" else []
         return names
 
@@ -106,6 +113,8 @@ def plan(size):
     """The runs, seed by seed, so that what an unfinished experiment has is balanced."""
     if size == "quick":
         return [Run(arm, 0.1, 0, 0) for arm in MAIN_ARMS]
+    if size == "schedule":
+        return [Run(arm, 0.1, 0, seed) for seed in range(3) for arm in (*CHANGED, *SCHEDULE_ARMS)]
     runs = []
     for seed in range(3):
         for dropout in reversed(DROPOUTS):
@@ -213,11 +222,11 @@ def measure_gap(out, results, group):
         shutil.copy(out / "gap" / name / "exposure_bias.json", results / f"{name}.json")
 
 
-def do(out, results, run, steps, quick):
+def do(out, results, run, steps, size):
     """Train and score one run; with the last main arm of a base and seed, measure their exposure bias, too."""
     run_dir = train(out, run, steps)
-    score(out, results, run.base, run_dir, run.name, *(["--quick"] if quick else []))
-    if run.arm in MAIN_ARMS and not quick:
+    score(out, results, run.base, run_dir, run.name, *(["--quick"] if size == "quick" else []))
+    if run.arm in MAIN_ARMS and size not in ("quick", "schedule"):
         for step in (step for step in CHECKPOINTS if step < steps):
             name = f"{run.name}-step{step}"
             score(out, results, run.base, run_dir / f"checkpoint-{step}", name, "--checkpoint")
@@ -231,7 +240,7 @@ def do(out, results, run, steps, quick):
 
 def main():
     parser = argparse.ArgumentParser(description="Run what is missing of the experiment.")
-    parser.add_argument("size", choices=["quick", "full", "large"])
+    parser.add_argument("size", choices=["quick", "full", "large", "schedule"])
     parser.add_argument("--out", type=Path, help="Folder of models and pictures. Default: outputs/miniature[_SIZE].")
     parser.add_argument("--results", type=Path, help="Folder of the scores. Default: results[_large], or in --out.")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="Processes at once, of one thread each.")
@@ -244,11 +253,12 @@ def main():
     args.base_steps = args.base_steps or (QUICK_BASE_STEPS if quick else BASE_STEPS)
     given = [path and path.resolve() for path in (args.out, args.results)]
     os.chdir(ROOT)
-    suffix = "" if args.size == "full" else f"_{args.size}"
+    suffix = f"_{args.size}" if args.size in ("quick", "large") else ""
     out = given[0] or Path("outputs", f"miniature{suffix}")
-    results = given[1] or (out / "results" if args.size == "quick" else HERE / f"results{suffix}")
+    own = {"quick": out / "results", "schedule": HERE / "results" / "schedule"}
+    results = given[1] or own.get(args.size, HERE / f"results{suffix}")
     planned = plan(args.size)
-    runs = [run for run in planned if any(missing(results, name) for name in run.scores(args.steps, quick))]
+    runs = [run for run in planned if any(missing(results, name) for name in run.scores(args.steps, args.size))]
     bases = dict.fromkeys(run.base for run in planned if run in runs or missing(results, f"base{run.base}"))
     locks = {base: threading.Lock() for base in bases}  # a run waits for its base
     for world in dict.fromkeys(map(world_of, locks)):
@@ -264,7 +274,7 @@ def main():
                     make_base(out, base, base_steps, threads=max(1, args.workers // len(locks)))
                     score(out, results, base, out / f"base_{base}", f"base{base}", *(["--quick"] if quick else []))
                 if isinstance(item, Run):
-                    do(out, results, item, args.steps, quick)
+                    do(out, results, item, args.steps, args.size)
             except BaseException:
                 failed.set()
                 raise

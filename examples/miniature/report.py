@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 from experiment import (
     ARMS,
+    CHANGED,
     CHECKPOINT_PROMPTS,
     CHECKPOINTS,
     DROPOUTS,
@@ -47,6 +48,8 @@ FORWARDS = {
     "SOAR N=2": 10,
     "SOAR N=1 x 3": 21,
     "SOAR-LoRA": 15,
+    "SFT cosine": 3,
+    "SFT x 7 cosine": 21,
 }
 PAIRS = [
     ("SOAR K=40", "SFT"),
@@ -60,6 +63,9 @@ PAIRS = [
     ("sigma mixture", "SFT"),
     ("SOAR N=1 x 3", "SFT x 7"),
     *((arm, "SOAR K=40") for arm in OTHER_ARMS if arm != "sigma mixture"),
+    *((f"{arm} cosine", arm) for arm in CHANGED),
+    ("SOAR K=40 cosine", "SFT cosine"),
+    ("SOAR K=40 cosine", "SFT x 7 cosine"),
 ]
 
 
@@ -399,6 +405,12 @@ def main():
     if any(word_runs.values()):
         print(f"Words, caption dropout 0.1, {MAIN_SETTING}\n\n{main_table(word_runs, word_bases, DROPOUTS[1])}\n")
         print(f"Paired differences of words\n\n{difference_table(word_runs, DROPOUTS[1], WORD_COLUMNS)}\n")
+    runs_there, bases_there = read(args.results / "schedule", "world")
+    if runs_there:
+        print(
+            f"Schedules, caption dropout 0.1, {MAIN_SETTING}\n\n{main_table(runs_there, bases_there, DROPOUTS[1])}\n"
+        )
+        print(f"Paired differences of schedules\n\n{difference_table(runs_there, DROPOUTS[1])}\n")
     if not args.no_pictures:
         import matplotlib
 

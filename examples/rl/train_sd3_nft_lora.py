@@ -268,6 +268,7 @@ def main(args):
     # Everything that can be wrong with the input, before any model loads
     model_config = script.run_on_each(accelerator, script.check_model, args)
     model_dir = model_config["folder"]
+    script.check_folders(accelerator, args)
     checkpoint, saved_state = script.run_on_main(accelerator, script.find_checkpoint, args)
     if args.seed is None:
         seed = saved_state["compared"]["seed"] if checkpoint else random.getrandbits(31)
