@@ -19,8 +19,7 @@ Train a LoRA, or a QLoRA on a quantised base, for a Stable Diffusion 3 / 3.5 tra
 
 It differs from `train_sd3_soar.py`, which says what SOAR is, in what is trained and saved.
 
-Needs `soar_utils.py` and `data_utils.py` beside it, nothing else. Sources: arXiv 2604.12617 (SOAR), 2106.09685 (LoRA),
-2305.14314 (QLoRA).
+Needs `soar_utils.py` and `data_utils.py` beside it. Sources: arXiv 2604.12617 (SOAR), 2106.09685, 2305.14314 (QLoRA).
 """
 
 import argparse
@@ -780,15 +779,16 @@ def trained_layers(args, config):
 def load_transformer(args, model_dir, weight_dtype, checkpoint=None, merged=None):
     """
     The `SD3Transformer2DModel` to train: frozen in `weight_dtype`, quantised where asked, with a LoRA in float32; this
-    from `checkpoint`, which [`save_transformer`] wrote, where there is one. A LoRA `merged` becomes a part of what is
-    frozen.
+    from `checkpoint`, which [`save_transformer`] wrote, where there is one. A LoRA `merged` becomes part of the base.
     """
     source = {"weight_name": "pytorch_lora_weights.safetensors", "return_lora_metadata": True}
     bits = args.bnb_quantization_config_path
     options = {"subfolder": "transformer", "dtype": weight_dtype, "use_safetensors": True}
     options["variant"] = None if args.transformer else args.variant
     options["quantization_config"] = bits and diffusers.BitsAndBytesConfig(**json.loads(Path(bits).read_text()))
-    transformer = SD3Transformer2DModel.from_pretrained(args.transformer or model_dir, **options).requires_grad_(False)
+    with contextlib.nullcontext() if bits else torch.device("meta"):  # the file has the position table: not computed
+        transformer = SD3Transformer2DModel.from_pretrained(args.transformer or model_dir, **options)
+    transformer.requires_grad_(False)
     if merged:
         state, metadata = StableDiffusion3Pipeline.lora_state_dict(merged, **source)
         transformer.load_lora_adapter(state, metadata=metadata)

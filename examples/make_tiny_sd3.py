@@ -10,8 +10,8 @@ Every part has the class, the config fields and the file names of `stabilityai/s
 whatever runs on the one runs on the other. All weights are random. `tiny` is for tests: a forward takes milliseconds.
 `small` can learn to draw `miniature/world.py`'s pictures on a CPU, once `train_vae.py` has trained its VAE; its text
 encoders stay random, which is enough to tell words and their order apart. `medium` has the sizes of SD3.5-Medium and
-of its text encoders, to measure time and memory: 16 GB in bf16, made on the GPU where there is one; `--configs_only`
-is enough to compute them.
+of its text encoders, to measure time and memory: 16 GB in bf16, made on the GPU where there is one, and in memory
+first; `--configs_only` is enough to compute them. `rehearsal` is the same with text encoders of a layer or two, 5 GB.
 """
 
 import argparse
@@ -174,6 +174,14 @@ SIZES = {
         },
     },
 }
+SIZES["rehearsal"] = SIZES["medium"] | {
+    "clip": [
+        clip | {"intermediate_size": 64, "num_hidden_layers": 2, "vocab_size": 1024}
+        for clip in SIZES["medium"]["clip"]
+    ],
+    "t5": {"d_model": 4096, "d_kv": 64, "d_ff": 64, "num_heads": 1, "num_layers": 1},
+}
+HALF = ("medium", "rehearsal")  # made and written in bf16
 
 
 def learn_merges(words):
@@ -228,7 +236,7 @@ def make_clip_text_encoder(tokenizer, config):
 
 
 def make_pipeline(size):
-    """A random `StableDiffusion3Pipeline` in float32; on the same device the same for the same `size`."""
+    """A random `StableDiffusion3Pipeline` of PyTorch's default type; on one device the same for the same `size`."""
     config = SIZES[size]
     torch.manual_seed(0)
     tokenizer = make_clip_tokenizer(config["clip_length"], pad_token="<|endoftext|>")
@@ -297,7 +305,7 @@ def save_configs(pipeline, folder):
 def main():
     parser = argparse.ArgumentParser(description="Write a toy Stable Diffusion 3.5 pipeline with random weights.")
     parser.add_argument("output_dir", type=Path, help="Folder to write the pipeline to.")
-    sizes = "tiny: for tests. mini, small: learn on a CPU; large: on a GPU. medium: SD3.5-Medium's."
+    sizes = "tiny: for tests. mini, small: learn on a CPU; large: on a GPU. medium, rehearsal: SD3.5-Medium's."
     parser.add_argument("--size", choices=list(SIZES), default="tiny", help=sizes)
     parser.add_argument("--configs_only", action="store_true", help="Write no weights.")
     parser.add_argument("--overwrite", action="store_true", help="Replace the pipeline that is in the folder.")
@@ -318,12 +326,13 @@ def main():
     device = "meta" if args.configs_only else "cpu"
     if args.size == "medium" and torch.cuda.is_available() and not args.configs_only:
         device = "cuda"
+    torch.set_default_dtype(torch.bfloat16 if args.size in HALF else torch.float32)
     with torch.device(device):
         pipeline = make_pipeline(args.size)
     if args.configs_only:
         save_configs(pipeline, partial)
     else:
-        pipeline.to(dtype=torch.bfloat16 if args.size == "medium" else torch.float32).save_pretrained(partial)
+        pipeline.to(dtype=torch.get_default_dtype()).save_pretrained(partial)
     shutil.rmtree(out, ignore_errors=True)
     partial.rename(out)
     count = sum(parameter.numel() for parameter in pipeline.transformer.parameters())

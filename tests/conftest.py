@@ -4,14 +4,13 @@
 import gc
 import importlib
 import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 from accelerate import Accelerator
-from harness import ROOT, reset_accelerate, write_photos
+from harness import ROOT, reset_accelerate, run_python, write_photos
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -25,7 +24,7 @@ def imports_are_not_searched_for_garbage():
 def pipeline(tmp_path_factory):
     """Folder of the tiny pipeline, written by the example as a user would."""
     folder = tmp_path_factory.mktemp("tiny") / "pipeline"
-    subprocess.run([sys.executable, ROOT / "examples" / "make_tiny_sd3.py", folder], check=True)
+    run_python([sys.executable, ROOT / "examples" / "make_tiny_sd3.py", folder])
     return folder
 
 

@@ -16,6 +16,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -154,6 +155,15 @@ def start(script, arguments, log, environment=(), setup=lambda: None):
     return process
 
 
+def run_python(command, check=True, cwd=None):
+    """`subprocess.run` of a Python script, with its output as text, by [`run_forked`]."""
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+        done = run_forked(command, out, err, os.environ, cwd or os.getcwd())
+        done.stdout, done.stderr = (file.seek(0) or file.read() for file in (out, err))
+    assert done.returncode == 0 or not check, done.stderr[-3000:]
+    return done
+
+
 def run_forked(command, stdout, stderr, env, cwd):
     """`subprocess.run` of a Python script, in a fork of this process, which has imported most of it already."""
 
@@ -163,6 +173,8 @@ def run_forked(command, stdout, stderr, env, cwd):
         os.chdir(cwd)
         torch.set_num_threads(1)
         sys.stdout = sys.stderr = open(stdout.fileno(), "w", buffering=1, closefd=False)
+        if stderr not in (stdout, subprocess.STDOUT):
+            sys.stderr = open(stderr.fileno(), "w", buffering=1, closefd=False)
         reset_accelerate()
         sys.argv = [str(word) for word in command[1:]]
         sys.path.insert(0, str(Path(sys.argv[0]).parent))

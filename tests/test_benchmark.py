@@ -18,7 +18,7 @@ import torch
 from accelerate import Accelerator
 from benchmark_step import Configuration, LiveBytes, cuda_autocast
 from diffusers import SD3Transformer2DModel
-from harness import ROOT
+from harness import ROOT, run_python
 from PIL import Image
 from torch._subclasses.fake_tensor import DataDependentOutputException
 
@@ -80,14 +80,14 @@ def test_memory_of_a_step(pipeline):
         text += f" {CACHED} --resolution 128 --max_sequence_length 32"
         return Configuration(text, pipeline).count_once(operations=False)
 
-    few = "--trajectory_length 3"
+    few = "--trajectory_length 2"
     sft, soar, reference = memory("sft"), memory(f"soar {few}"), memory(f"reference {few}")
     assert soar["weights"] == sft["weights"]
     # Between its backwards SOAR keeps the gradient, as does SFT with gradient accumulation.
     assert soar["peak"] - 4 * soar["trained"] < 1.1 * sft["peak"]
     lora, lora_sft = (memory(f"soar_lora {few} --rank 1 --lambda_aux {weight}") for weight in (1, 0))
     assert lora["peak"] < 1.15 * lora_sft["peak"]  # the states themselves weigh something in so small a model
-    assert activations(reference) > 3.5 * activations(soar) > 0
+    assert activations(reference) > 2.7 * activations(soar) > 0
     assert activations(memory(f"soar {few} --aux_batch_size 8")) > 1.8 * activations(soar)
     assert activations(memory(f"soar {few} --aux_batch_size 2")) < 0.9 * activations(soar)
     assert activations(memory(f"soar {few} --gradient_checkpointing")) < 0.6 * activations(soar)
@@ -254,8 +254,7 @@ def test_benchmark_and_report(pipeline, tmp_path):
         assert result["measured"]["step_s"] > 0 and 0 < result["measured"]["model_flop_utilisation"] < 1
         assert result["measured"]["peak_allocated_gib"] is None  # not known on a CPU
     command = [sys.executable, BENCHMARK / "report_benchmark.py", tmp_path / "results"]
-    done = subprocess.run([str(part) for part in command], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
+    done = run_python(command)
     (row,) = re.findall(r"`soar --trajectory_length 1 --resolution 32` \| [\d.]+ \| (.*) \|", done.stdout)
     steps = [result["measured"]["step_s"] for result in (soar, sft)]
     assert float(row.split(" | ")[0]) == pytest.approx(steps[0] / steps[1], abs=0.01)
@@ -339,7 +338,7 @@ def test_the_start_is_that_of_the_results():
 def test_the_tables_are_those_of_the_results():
     """Every table of the benchmark's README is what `report_benchmark.py` makes of the committed results."""
     command = [sys.executable, str(BENCHMARK / "report_benchmark.py"), str(BENCHMARK / "results"), "--no_picture"]
-    report = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    report = run_python(command).stdout
     readme = (BENCHMARK / "README.md").read_text()
     tables = re.findall(r"(?:^\|.*\n)+", report, flags=re.MULTILINE)
     assert len(tables) >= 3

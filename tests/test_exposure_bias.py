@@ -6,7 +6,6 @@ import math
 import re
 import shlex
 import shutil
-import subprocess
 import sys
 
 import measure_exposure_bias
@@ -14,7 +13,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState, PartialState
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
-from harness import PHOTOS, ROOT
+from harness import PHOTOS, ROOT, run_python
 from measure_exposure_bias import measure_batch, summarise
 from PIL import Image
 from safetensors.torch import save_file
@@ -237,7 +236,7 @@ def test_full_model_and_lora_from_the_command_line(run, command, measure, pipeli
     lora = run("train_sd3_soar_lora", "--output_dir", tmp_path / "lora", "--rank", 4)
     models = {"base": pipeline, "SOAR": full, "SOAR-LoRA": lora}
     script = [sys.executable, EXAMPLES / "measure_exposure_bias.py", *command(models=models)]
-    done = subprocess.run(script, capture_output=True, text=True, cwd=tmp_path)
+    done = run_python(script, check=False, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     output = tmp_path / "bias"
     table, written = (output / "exposure_bias.md").read_text(), (output / "exposure_bias.json").read_bytes()

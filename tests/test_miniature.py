@@ -3,7 +3,6 @@
 
 import itertools
 import json
-import os
 import random
 import re
 import shutil
@@ -21,7 +20,7 @@ import train_control
 import words
 import world
 from diffusers import training_utils
-from harness import ROOT, run_forked
+from harness import ROOT, run_forked, run_python
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -153,7 +152,7 @@ def test_checkpoints_are_scored_by_their_average(tmp_path):
     """`ema.safetensors` has the averaged weights in the order of the parameters."""
     base = tmp_path / "base"
     make = [sys.executable, ROOT / "examples" / "make_tiny_sd3.py", base, "--size", "mini"]
-    subprocess.run(make, check=True)
+    run_python(make)
     whole = evaluate.load_pipeline(base, base).transformer
     checkpoint = tmp_path / "checkpoint-1"
     whole.save_pretrained(checkpoint / "transformer")
@@ -221,9 +220,9 @@ def test_from_scenes_to_the_table(tmp_path, monkeypatch):
         few = {setting: n for setting, n in getattr(experiment, name).items() if setting in [(4.5, 20), (4.5, 5)]}
         monkeypatch.setattr(experiment, name, few)
     out, results = tmp_path / "out", tmp_path / "results"
-    subprocess.run([sys.executable, HERE / "world.py", out / "world", "--noisy", "64", "--curated", "64"], check=True)
+    run_python([sys.executable, HERE / "world.py", out / "world", "--noisy", "64", "--curated", "64"])
     make = [sys.executable, ROOT / "examples" / "make_tiny_sd3.py", out / "raw_world", "--size", "mini"]
-    subprocess.run(make, check=True)
+    run_python(make)
     for part in ("test", "validation"):  # two pictures a task, of one prompt where it comes twice
         file = out / "world" / f"{part}.jsonl"
         lines, kept = file.read_text().splitlines(), []
@@ -244,10 +243,7 @@ def test_from_scenes_to_the_table(tmp_path, monkeypatch):
     for run in runs:
         experiment.score(out, results, 0, experiment.train(out, run, 3), run.name)
     assert before == {path: path.stat().st_mtime_ns for path in before}
-    with open(tmp_path / "table", "w") as file:
-        done = run_forked([sys.executable, HERE / "report.py", results], file, file, os.environ, ROOT)
-    table = (tmp_path / "table").read_text()
-    assert done.returncode == 0, table
+    table = run_python([sys.executable, HERE / "report.py", results]).stdout
     scores = json.loads((results / f"{runs[0].name}.json").read_text())["test"]["guidance 4.5, 20 steps"]
     (row,) = re.findall(r"^\| SFT \| 1 \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|", table, flags=re.MULTILINE)
     expected = [f"{np.mean([int(c) for c in scores[key]]):.3f}" for key in ("lenient", "strict", "broken")]
@@ -343,7 +339,7 @@ def test_sentences_of_the_readme():
 def test_tables_of_the_readme():
     """Every table of the report on the committed results is in the README, and no other table of figures is."""
     report = [sys.executable, HERE / "report.py", HERE / "results", "--no_pictures"]
-    printed = subprocess.run(report, capture_output=True, text=True, check=True).stdout
+    printed = run_python(report).stdout
     tables = re.findall(r"(?:^\|.*\n)+", printed, flags=re.MULTILINE)
     readme = (HERE / "README.md").read_text()
     assert len(tables) >= 3

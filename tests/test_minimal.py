@@ -3,7 +3,6 @@
 
 import re
 import shlex
-import subprocess
 import sys
 from contextlib import nullcontext
 from functools import partial
@@ -12,7 +11,7 @@ import minimal_soar
 import pytest
 import torch
 from diffusers import SD3Transformer2DModel
-from harness import ROOT, equal, weights
+from harness import ROOT, equal, run_python, weights
 
 import train_sd3_soar
 
@@ -78,7 +77,7 @@ def test_first_command(pipeline, small_photos, tmp_path):
     assert words[-1] == "sd3-soar"
     for folder in ("one", "two"):
         flags = ["--resolution", "32", "--steps", "2", "--accumulate", "2", "--trajectory_length", "2"]
-        subprocess.run([*words[:-1], tmp_path / folder, *flags], check=True, cwd=tmp_path, capture_output=True)
+        run_python([*words[:-1], tmp_path / folder, *flags], cwd=tmp_path)
     assert equal(tmp_path / "one", tmp_path / "two")
     base, trained = weights(pipeline), SD3Transformer2DModel.from_pretrained(tmp_path / "one", subfolder="transformer")
     assert any(not torch.equal(tensor, base[name]) for name, tensor in trained.state_dict().items())

@@ -163,6 +163,10 @@ def main():
     print(kernel_table(steps.values()) + "\n")
     if runs:
         print(run_table(runs) + "\n")
+    if "rehearsal" in documents:
+        from rehearse import table
+
+        print(f"rehearsal: {documents['rehearsal']['machine']['device']}\n\n{table(documents['rehearsal'])}\n")
     if not args.no_picture:
         draw(steps, args.results / "report.png")
 

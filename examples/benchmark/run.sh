@@ -6,6 +6,7 @@
 #
 #     bash examples/benchmark/run.sh count    # any machine, 30 minutes: operations and memory at SD3.5-Medium's size
 #     bash examples/benchmark/run.sh cpu      # any machine, 5 minutes: ratios of times of a small model
+#     bash examples/benchmark/run.sh rehearse # 24 GB of memory, 30 minutes: real runs of a random SD3.5-Medium, no GPU
 #     bash examples/benchmark/run.sh gpu      # one GPU: times and memory of what fits; `gpu chunks lora`: these parts
 #     bash examples/benchmark/run.sh runs     # one GPU: whole runs as on cards of 8, 12, 16 and 24 GB
 #     bash examples/benchmark/run.sh rollouts # one GPU: rollouts of reinforcement learning, stage by stage
@@ -78,6 +79,12 @@ cpu)
         "reference --resolution 64" "soar $cached --resolution 64" "sft $cached --resolution 64" \
         "soar $cached --resolution 64 --gradient_checkpointing" "soar $cached --resolution 64 --torch_compile"
     ;;
+rehearse)
+    make rehearsal ""
+    [ -d outputs/world_512 ] ||
+        python examples/miniature/world.py outputs/world_512 --noisy 8 --curated 8 --unseen 8 --size 512
+    python "$here/rehearse.py" outputs/rehearsal outputs/world_512/curated --output "$results/rehearsal.json"
+    ;;
 runs)
     make medium ""
     for size in 512 1024; do
@@ -115,7 +122,7 @@ rollouts)
         "nft $large $nft" "nft $small $nft" "flow_grpo $large $window" "flow_grpo $small $window"
     ;;
 *)
-    sed -n '4,13p' "$0"
+    sed -n '4,14p' "$0"
     exit 2
     ;;
 esac
