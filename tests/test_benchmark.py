@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import benchmark_step
 import pytest
 import reference_step
+import rehearse
 import startup
 import torch
 from accelerate import Accelerator
@@ -327,6 +328,30 @@ def test_the_loader_alone(pipeline, tmp_path):
         assert rate["samples_per_second"] > 0 and rate["cached"] == cached
     assert sum(path.stat().st_size for path in (tmp_path / "loader_512" / "cache").rglob("*")) > 8 * 3.2e6
     assert 0 < startup.worker_memory(tmp_path / "index", 100) < 500
+
+
+def test_rehearsal(pipeline, small_photos, tmp_path, monkeypatch):
+    """A run and its resumption by the script's command line; what does not fit is named before anything runs."""
+    commands = []
+
+    def run(command, log):
+        commands.append(run_python(command).args)
+        return 2.0, 1.5
+
+    monkeypatch.setattr(rehearse, "run", run)
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    flags = f"{rehearse.FLAGS} --rank 2 --max_sequence_length 16".replace("--mixed_precision bf16", "")
+    found = rehearse.rehearse(f"soar_lora {flags}", pipeline, small_photos, 32, tmp_path)
+    assert found["same_bits"] and found["counted_gib"] > 0 and found["step_s"] > 0
+    assert found["resident_gib"] == 1.5 and [*tmp_path.glob("straight*")] == []
+    assert len(commands) == 2 and "--resume_from_checkpoint" in commands[1]
+    document = {"results": [found, found | {"same_bits": False}]}
+    assert [row.split("|")[-2].strip() for row in rehearse.table(document).splitlines()[2:]] == ["yes", "NO"]
+    monkeypatch.setattr(rehearse.psutil, "virtual_memory", lambda: SimpleNamespace(available=2**30))
+    assert "GiB of memory, and 1 are free" in rehearse.rehearse(
+        f"soar_lora {flags}", pipeline, small_photos, 32, tmp_path
+    )
+    assert len(commands) == 2
 
 
 def test_the_start_is_that_of_the_results():
