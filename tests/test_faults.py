@@ -62,15 +62,15 @@ def test_a_signal_ends_the_run_after_a_checkpoint(script, number, arguments, run
     if script != "train_sd3_soar" and number != signal.SIGTERM:
         pytest.skip("one signal is enough for the scripts whose main is the same")
     log, out = tmp_path / "log", tmp_path / "out"
-    arguments += ["--max_train_steps", 30, "--checkpointing_steps", 1000]
+    arguments += ["--max_train_steps", 12, "--checkpointing_steps", 1000]
     process = start(script, arguments, log)
-    wait_for(lambda: " 3/30 [" in log.read_text() if log.exists() else False, process)
+    wait_for(lambda: " 3/12 [" in log.read_text() if log.exists() else False, process)
     asked = time.monotonic()
     os.kill(process.pid, number)
     finish(process, log, code=75)
     assert time.monotonic() - asked < 10
     (checkpoint,) = out.glob("checkpoint-*")
-    assert 3 <= int(checkpoint.name.removeprefix("checkpoint-")) < 30
+    assert 3 <= int(checkpoint.name.removeprefix("checkpoint-")) < 12
     finish(start(script, arguments, log), log)
     whole = run(script, *arguments[:4], *arguments[6:], "--output_dir", tmp_path / "whole")
     assert equal(whole, out)
