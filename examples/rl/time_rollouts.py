@@ -58,10 +58,10 @@ def measure(text, pipeline, folder):
     cuda, seconds, logged, profiles = torch.cuda.is_available(), defaultdict(float), [], {}
     prompts = folder / "prompts.txt"
     prompts.write_text("\n".join(f"a photo of {i} clocks on a wooden table" for i in range(2, 34)))
-    required = f"--prompts {prompts} --reward time_rollouts:brightness=1 --output_dir {folder / 'out'}"
-    required += f" --pretrained_model_name_or_path {pipeline} --seed 0 --report_to none"
-    required += f" --max_train_steps {3 if cuda else 2}"  # the third is for the profiler
-    arguments = [*shlex.split(required), *flags]
+    paths = {"--prompts": prompts, "--output_dir": folder / "out", "--pretrained_model_name_or_path": pipeline}
+    arguments = [str(word) for pair in paths.items() for word in pair]
+    arguments += "--reward time_rollouts:brightness=1 --seed 0 --report_to none".split()
+    arguments += ["--max_train_steps", "3" if cuda else "2", *flags]  # the third is for the profiler
     args = method.parse_args(arguments)
 
     def log(accelerator, logs, step):
@@ -76,7 +76,7 @@ def measure(text, pipeline, folder):
 
         @functools.wraps(function)
         def call(*inputs):
-            profile = cuda and len(logged) == 2 and stage not in profiles
+            profile = cuda and len(logged) == 2 and stage == "drawing" and stage not in profiles
             with profiled_kernels() if profile else contextlib.nullcontext({}) as found:
                 started = time.perf_counter()
                 result = function(*inputs)
@@ -117,7 +117,6 @@ def measure(text, pipeline, folder):
         method.run(args)
     stages = {stage: seconds[stage] for stage in ("drawing", "decoding", "training")}
     pictures = args.num_groups * args.group_size
-    profiled = {stage: profiles[stage] for stage in ("drawing", "training") if stage in profiles}
     return {
         "configuration": text,
         "pictures": pictures,
@@ -127,8 +126,8 @@ def measure(text, pipeline, folder):
         "reward_s": seconds["reward"],
         "peak_allocated_gib": torch.cuda.max_memory_allocated() / GIB if cuda else None,
         "peak_reserved_gib": torch.cuda.max_memory_reserved() / GIB if cuda else None,
-        "idle": {stage: found["idle_s"] / found["profiled_s"] for stage, found in profiled.items()},
-        "profiles": profiled,
+        "idle": {stage: found["idle_s"] / found["profiled_s"] for stage, found in profiles.items()},
+        "profiles": profiles,
         "logs": logged[1],
     }
 
