@@ -104,6 +104,8 @@ MUTATIONS = [
         "except filelock.Timeout:\n        print(",
         "test_bad_input.py -k two_runs",
     ),
+    (SOAR, 'with torch.device("meta"):', 'with torch.device("cpu"):', "test_training.py -k position_table"),
+    (SOAR, "        if not all(seen):", "        if not any(seen):", "test_faults.py -k share_their_folders"),
     # Evaluation
     (
         f"{EVALUATION}/geneval.py",
@@ -149,6 +151,12 @@ MUTATIONS = [
         "torch.maximum(-advantages * ratio",
         "torch.minimum(-advantages * ratio",
         "test_rl.py -k clipped",
+    ),
+    (
+        f"{RL}/train_sd3_flow_grpo_lora.py",
+        "if part.equal and off and (largest",
+        "if off and (largest",
+        "test_rl.py -k rounding",
     ),
     (
         f"{RL}/train_sd3_nft_lora.py",
