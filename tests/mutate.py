@@ -104,7 +104,12 @@ MUTATIONS = [
         "except filelock.Timeout:\n        print(",
         "test_bad_input.py -k two_runs",
     ),
-    (SOAR, 'with torch.device("meta"):', 'with torch.device("cpu"):', "test_training.py -k position_table"),
+    (
+        SOAR,
+        'with torch.device("meta"):  # the',
+        'with torch.device("cpu"):  # the',
+        "test_training.py -k position_table",
+    ),
     (SOAR, "        if not all(seen):", "        if not any(seen):", "test_faults.py -k share_their_folders"),
     # Evaluation
     (
