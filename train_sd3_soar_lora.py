@@ -1167,7 +1167,7 @@ class TrainingImages(Dataset):
         image = data_utils.decode_image(data_utils.file_bytes(self.images[item["row"]]["image"]))
         height, width = item["size"]
         scale = max(height / image.height, width / image.width)
-        covering = max(width, round(image.width * scale)), max(height, round(image.height * scale))
+        covering = round(image.width * scale), round(image.height * scale)
         y, x = round(top * (covering[1] - height)), round(left * (covering[0] - width))
         kept = (x, y, x + width, y + height)
         if math.prod(covering) > 16 * width * height:  # of a strip only what is kept, however long it is

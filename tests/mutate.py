@@ -59,8 +59,8 @@ MUTATIONS = [
     ),
     # Data and caches
     (SOAR, " - (vae.config.shift_factor or 0))", ")", "test_data.py -k what_reaches_the_model"),
-    (SOAR, 'data_utils.derive_seed("noise", self.args.seed, position)', "position", "test_elastic.py -k seeds_differ"),
-    (SOAR, "covering = max(width,", "covering = max(0,", "test_data.py -k 'resize or center_crop'"),
+    (SOAR, 'data_utils.derive_seed("noise", self.args.seed, position)', "position", "test_data.py -k noise_depends"),
+    (SOAR, "scale = max(height / image", "scale = min(height / image", "test_data.py -k 'resize or center_crop'"),
     (SOAR, "y, x = round(top *", "x, y = round(top *", "test_data.py -k 'center_crop or random_crop'"),
     (
         SFT,

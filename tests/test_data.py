@@ -505,6 +505,14 @@ def test_aspect_ratio_buckets(flags, samples, tmp_path, caplog):
     assert "8 images, 0 dropped" in caplog.text and "48x48" in caplog.text
 
 
+def test_noise_depends_on_the_seed_and_the_position_alone(samples, tmp_path):
+    folder = folder_of(tmp_path / "images", {"a.png": solid(RED), "b.png": solid(RED)})
+    runs = [samples("--train_data_dir", folder, "--seed", seed) for seed in (0, 0, 1)]
+    first, again, other = ([images[0, position]["seed"] for position in range(4)] for images in runs)
+    assert first == again == [runs[0][1, position]["seed"] for position in range(4)]
+    assert len({*first, *other}) == 8
+
+
 # Caches
 
 

@@ -230,6 +230,7 @@ def test_what_is_inside(tmp_path, monkeypatch):
             assert not is_inside("a.png", root) and not is_inside("images/../a.png", root)
         assert not is_inside(tmp_path / ("two" if base == "one" else "one") / "images" / "a.png", "images")
     monkeypatch.chdir(tmp_path)
+    assert not is_inside("one/images too/a.png", "one/images")
     assert is_inside("alias/images/a.png", "one") and is_inside("one/a.png", "alias")
     assert not is_inside("one/link/a.png", "one") and not is_inside("one/images/out.png", "one")
     assert not is_inside("one/images/..", "one/images") and not is_inside("one/\0", "one") and is_inside("a", "/")

@@ -193,11 +193,13 @@ def test_the_step_follows_the_equations(paths, photos):
         --weighting_scheme cosmap"""
     args = train_sd3_soar.parse_args(arguments.split())
     latents, captions, last_of = torch.randn(2, 4, 6, 6), torch.randn(2), []
+    weight, graphs = torch.tensor(0.3, requires_grad=True), []
 
     def predict(x, sigma, samples=slice(None), null=False):
         """Something that tells all its inputs apart."""
+        graphs.append(x.requires_grad)
         caption = torch.full_like(sigma, -0.7) if null else captions[samples]
-        return 0.3 * x + (0.2 * sigma + caption).view(-1, 1, 1, 1) * (1 + x.square())
+        return weight * x + (0.2 * sigma + caption).view(-1, 1, 1, 1) * (1 + x.square())
 
     def sync(last):
         last_of.append(last)
@@ -206,6 +208,7 @@ def test_the_step_follows_the_equations(paths, photos):
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     terms = list(train_sd3_soar.training_losses(args, predict, latents, generators, shift, sync))
     assert last_of == [False] * (len(terms) - 1) + [True]
+    assert not any(graphs) and all(loss.requires_grad for loss, _ in terms)  # the rollout is a part of no graph
 
     base, aux = [], []
     for i, seed in enumerate(seeds):
