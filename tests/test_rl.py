@@ -287,7 +287,7 @@ def test_reward_rises(method, flags, train, logged):
         "--train_batch_size",
         16,
         "--max_train_steps",
-        15,
+        20,
         "--learning_rate",
         1e-2,
     ]
