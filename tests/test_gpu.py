@@ -90,7 +90,6 @@ def test_reinforcement_learning(script, flags, run, logged, tmp_path, monkeypatc
         torch.use_deterministic_algorithms(False)
     assert equal(straight, resumed) and not equal(straight / "checkpoint-2", straight)
     assert len(logged) == 4 and all(math.isfinite(value) for logs in logged for value in logs.values())
-    print("ratio_error", [logs.get("ratio_error") for logs in logged])
     if "num_updates" not in flags:
         assert max(logs.get("ratio_error", 0) for logs in logged) < 1e-6
 

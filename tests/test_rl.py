@@ -438,7 +438,7 @@ def test_resumed_run_ends_with_the_same_bits(method, flags, train, tmp_path):
 
 def test_torch_compile(train, compiled, tmp_path):
     """The same run, and no more graphs than there are kinds of blocks and of forwards."""
-    flags = [*NFT, "--adam_epsilon", 1e-3, "--old_rate", 0.2]
+    flags = [*NFT, "--adam_epsilon", 1e-3]
     plain = train(*flags, "--output_dir", tmp_path / "plain")
     assert not compiled
     for name, tensor in weights(train(*flags, "--torch_compile")).items():

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-Rehearse runs at SD3.5-Medium's full size on a CPU, before a card is rented for them.
+Rehearse runs at SD3.5-Medium's full size on a CPU under Linux, before a card is rented for them.
 
     bash examples/benchmark/run.sh rehearse
 
@@ -8,8 +8,8 @@ Weights are random and the text encoders tiny; all else is real: caches, two ste
 a checkpoint and a picture after each, the result; then a run that goes on from the first checkpoint, whose result must
 have the same bits. The most memory that a process kept resident stands beside what `benchmark_step.py` counts for a
 step; the code, 1 GiB of it, and the reading of the weights come on top of that. What needs more memory or disk than
-there is, is named and left out. A CPU without bf16 takes minutes for what takes seconds in float32: there the LoRA's
-base is float32, and all weights, which `--full_bf16` trains, are left out.
+there is, is named and left out. A CPU without bf16 takes many times as long in it: there the LoRA's base is float32,
+and all weights, which `--full_bf16` trains, are left out.
 """
 
 import argparse

@@ -6,7 +6,7 @@
 #
 #     bash examples/benchmark/run.sh count    # any machine, 30 minutes: operations and memory at SD3.5-Medium's size
 #     bash examples/benchmark/run.sh cpu      # any machine, 5 minutes: ratios of times of a small model
-#     bash examples/benchmark/run.sh rehearse # 24 GB of memory, 30 minutes: real runs of a random SD3.5-Medium, no GPU
+#     bash examples/benchmark/run.sh rehearse # any machine with 24 GB of memory: real runs of a random SD3.5-Medium
 #     bash examples/benchmark/run.sh gpu      # one GPU: times and memory of what fits; `gpu chunks lora`: these parts
 #     bash examples/benchmark/run.sh runs     # one GPU: whole runs as on cards of 8, 12, 16 and 24 GB
 #     bash examples/benchmark/run.sh rollouts # one GPU: rollouts of reinforcement learning, stage by stage

@@ -14,6 +14,7 @@ under PyTorch's profiler. The reward costs nothing; that of a metric comes on to
 import argparse
 import contextlib
 import functools
+import importlib
 import itertools
 import json
 import platform
@@ -54,7 +55,7 @@ class Measured(Exception):
 def measure(text, pipeline, folder):
     """Seconds of each stage of a configuration's second rollout, and on a GPU profiles of its drawing and training."""
     name, *flags = shlex.split(text)
-    method = __import__(METHODS[name])
+    method = importlib.import_module(METHODS[name])
     cuda, seconds, logged, profiles = torch.cuda.is_available(), defaultdict(float), [], {}
     prompts = folder / "prompts.txt"
     prompts.write_text("\n".join(f"a photo of {i} clocks on a wooden table" for i in range(2, 34)))
