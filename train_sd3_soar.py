@@ -1421,7 +1421,7 @@ def find_checkpoint(args):
         output_lock.enter_context(filelock.FileLock(output / ".lock", blocking=False))
     except filelock.Timeout:
         fail(f"--output_dir {output}: another run is writing there. Wait for its end, or choose another folder")
-    except NotImplementedError as error:
+    except (NotImplementedError, OSError) as error:  # such as NFS without its lock service
         logger.warning(f"Nothing keeps a second run out of {output}: {error}")
     if not wanted:
         if (old := sorted(path.name for path in old_results(output))) and not args.overwrite_output_dir:

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a run does when it is told to stop, runs out of disk, meets bad numbers, or loses a process."""
 
+import errno
+import fcntl
 import importlib
 import itertools
 import json
@@ -558,6 +560,14 @@ def test_two_runs_may_build_one_cache_at_once(arguments, run, tmp_path):
     assert all(path.suffix == ".arrow" for path in files)
     assert len(cached(tmp_path / "cache" / "latents")) == 8
     assert len(cached(tmp_path / "cache" / "prompt_embeds")) == 9
+
+
+@pytest.mark.parametrize("code", [errno.ENOLCK, errno.EOPNOTSUPP])
+def test_a_folder_without_locks(code, run, monkeypatch, caplog):
+    """A file system that knows none is no reason not to train: it is said."""
+    monkeypatch.setattr(fcntl, "flock", lambda *_: (_ for _ in ()).throw(OSError(code, "no locks here")))
+    out = run("train_sd3_soar", "--max_train_steps", 1)
+    assert f"Nothing keeps a second run out of {out}" in caplog.text and (out / "transformer").exists()
 
 
 @pytest.mark.parametrize("flag", ["output_dir", "cache_dir"])
