@@ -6,6 +6,7 @@ whole, the order of the samples, and caches that any number of runs share. No co
 """
 
 import contextlib
+import csv
 import functools
 import gc
 import hashlib
@@ -120,6 +121,38 @@ def decode_image(data):
 
 
 # Tables
+def read_csv(path):
+    """Yield the place and the fields of each line of a CSV file below its header; anything else ends the program."""
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            reader = csv.DictReader(file, skipinitialspace=True)
+            for record in reader:
+                where = f"{path}, line {reader.line_num}"
+                if None in record or None in record.values():
+                    raise SystemExit(f"error: {where}: other fields than the header's; quote texts with commas")
+                yield where, record
+    except (OSError, ValueError, csv.Error) as error:
+        raise SystemExit(f"error: {path} is no CSV file in UTF-8: {error}") from None
+
+
+def read_json_lines(path):
+    """Yield the place and the object of each line but blank ones; anything else ends the program."""
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, start=1):
+            where = f"{path}, line {number}"
+            if not line.strip():
+                continue
+            try:
+                record = json.loads(line)
+                if b"\\u" in line:  # JSON can spell characters that are none
+                    json.dumps(record, ensure_ascii=False).encode()
+            except (ValueError, RecursionError) as error:
+                raise SystemExit(f"error: {where} is not JSON: {error}") from None
+            if not isinstance(record, dict):
+                raise SystemExit(f"error: {where} is not a JSON object")
+            yield where, record
+
+
 def make_table(records):
     """A `datasets.Dataset` of `dict`s with the same keys, made in parts: never are all of them Python's objects."""
     records, collecting = iter(records), gc.isenabled()

@@ -26,7 +26,6 @@ Needs `soar_utils.py` and `data_utils.py` beside it, nothing else. Source: SOAR,
 
 import argparse
 import contextlib
-import csv
 import dataclasses
 import datetime
 import functools
@@ -916,7 +915,7 @@ def read_folder(folder, image_column, caption_column, instance_prompt):
     listed, root = 0, os.path.realpath(folder)
     for path in metadata:
         at = os.path.dirname(path)
-        for where, record in (read_csv if path.endswith(".csv") else read_json_lines)(path):
+        for where, record in (data_utils.read_csv if path.endswith(".csv") else data_utils.read_json_lines)(path):
             listed += 1
             for flag, column in (("image_column", image_column), ("caption_column", caption_column)):
                 if column not in record and not (flag == "caption_column" and instance_prompt):
@@ -950,20 +949,10 @@ def read_captions(value, default, where, height=0, width=0):
     return {"captions": captions, "height": height, "width": width}
 
 
-def read_csv(path):
-    """Yield the place and the fields of each line of a CSV file below its header."""
-    with failing_with(f"{path} is no CSV file in UTF-8"), open(path, encoding="utf-8-sig", newline="") as file:
-        reader = csv.DictReader(file, skipinitialspace=True)
-        for record in reader:
-            if None in record or None in record.values():
-                fail(f"{path}, line {reader.line_num}: other fields than the header's; quote texts with commas")
-            yield f"{path}, line {reader.line_num}", record
-
-
 def read_jsonl(path, image_dir, default):
     """Yield path and other columns of each line of --jsonl_path, the format of the authors' code."""
     image_dir = Path(image_dir).resolve()
-    for where, record in read_json_lines(path):
+    for where, record in data_utils.read_json_lines(path):
         if not isinstance(record.get("md5"), str) or "caption_en" not in record:
             fail(f"{where} needs the fields `md5`, a text, and `caption_en`")
         height, width = record.get("bh") or 0, record.get("bw") or 0
@@ -983,24 +972,6 @@ def read_jsonl(path, image_dir, default):
             texts = (text for field in fields if (text := value.get(field)) and str(text).strip())
             value = next(texts, "" if value.keys() & {*fields} else value)
         yield image, read_captions(value, default, where, height, width)
-
-
-def read_json_lines(path):
-    """Yield the place and the object of each line that is not blank; a line that is no JSON object ends the run."""
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, start=1):
-            where = f"{path}, line {number}"
-            if not line.strip():
-                continue
-            try:
-                record = json.loads(line)
-                if b"\\u" in line:  # JSON can spell characters that are none
-                    json.dumps(record, ensure_ascii=False).encode()
-            except (ValueError, RecursionError) as error:
-                fail(f"{where} is not JSON: {error}")
-            if not isinstance(record, dict):
-                fail(f"{where} is not a JSON object")
-            yield where, record
 
 
 def check_images(args, rows, process_index=0, num_processes=1, again=False):

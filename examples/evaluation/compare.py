@@ -31,7 +31,7 @@ from urllib.parse import quote
 
 import numpy as np
 from PIL import Image
-from runs import DRAWS, SEED, read_rows, script, summarise
+from runs import DRAWS, SEED, data_utils, read_rows, script, summarise
 from tqdm.auto import tqdm
 
 
@@ -93,7 +93,7 @@ def read_scored(folder):
     for path in sorted((folder / "scores").glob("*.jsonl")):
         for image in images.values():
             image["scores"][path.stem] = None
-        for _, row in script.read_json_lines(path):
+        for _, row in data_utils.read_json_lines(path):
             name, score = row.get("file_name"), row.get("score")
             if not isinstance(name, str) or name not in files or not isinstance(score, int | float | None):
                 script.fail(f"{path}: {name} is not in metadata.jsonl, or its score is no number; score it again")

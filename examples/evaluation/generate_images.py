@@ -103,7 +103,7 @@ def read_prompts(args):
     elif not args.prompts.is_file():
         script.fail(f"--prompts {args.prompts}: no such file")
     elif args.prompts.suffix == ".jsonl":
-        texts = list(script.read_json_lines(args.prompts))
+        texts = list(data_utils.read_json_lines(args.prompts))
     elif args.prompts.suffix != ".txt":
         script.fail(f"--prompts {args.prompts}: want .txt with a prompt a line, or .jsonl with an object a line")
     else:

@@ -27,7 +27,7 @@ def read_rows(folder):
     if not path.is_file():
         script.fail(f"{folder} has no metadata.jsonl: run generate_images.py to its end first")
     rows = {}
-    for where, row in script.read_json_lines(path):
+    for where, row in data_utils.read_json_lines(path):
         name = row.get("file_name")
         if not isinstance(name, str) or not isinstance(row.get("text"), str):
             script.fail(f"{where} needs the fields `file_name` and `text`")

@@ -94,7 +94,7 @@ def read_scores(path):
     """The rows of a scores file, by digest; none of one that ends within a line: another process is at work on it."""
     if not path.exists() or not path.read_bytes().endswith(b"\n"):
         return {}
-    return {row.get("digest"): row for _, row in script.read_json_lines(path)}
+    return {row.get("digest"): row for _, row in data_utils.read_json_lines(path)}
 
 
 def unscored(metric, rows, folder):

@@ -46,7 +46,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "examples" / "evaluation")]
 import soar_utils  # noqa: E402
 import train_sd3_soar_lora as script  # noqa: E402
-from data_utils import derive_seed, digest, make_table  # noqa: E402
+from data_utils import derive_seed, digest, make_table, read_json_lines  # noqa: E402
 
 
 # Flags of the training script that mean here what they mean there. Its others, of data and SOAR, are refused.
@@ -490,7 +490,7 @@ def read_prompts(args):
 def read_prompt_file(path):
     """Yield the place and the row of each line: JSON with `prompt` or `text`, or a prompt as it is."""
     if Path(path).suffix in (".jsonl", ".json"):
-        for where, row in script.read_json_lines(path):
+        for where, row in read_json_lines(path):
             text = row.get("text", row.get("prompt"))
             if not isinstance(text, str) or not text.strip():
                 script.fail(f"{where} has no `prompt`")
