@@ -404,7 +404,7 @@ def test_colors(clip):
     objects = [(box, 0.9, mask) for box, mask in zip(boxes, masks, strict=True)]
     found = classifier(image, objects, "green square")
 
-    processor, expected = classifier.processor, []
+    processor = classifier.processor
     with torch.no_grad():
         directions = []
         for color in geneval.COLORS:
@@ -414,7 +414,7 @@ def test_colors(clip):
             embedded = [classifier.model.get_text_features(ids).pooler_output[0] for ids in tokens]
             directions.append(sum(vector / vector.norm() for vector in embedded))
         directions = torch.stack([vector / vector.norm() for vector in directions])
-        for box, _, mask in objects:
+        for (box, _, mask), color in zip(objects, found, strict=True):
             crop = geneval.crop_object(image, box, mask)
             scale = 224 / min(crop.size)
             width, height = (int(side * scale) for side in crop.size)
@@ -424,8 +424,9 @@ def test_colors(clip):
             left, top = (width - 224) // 2, (height - 224) // 2
             pixels = pixels[..., top : top + 224, left : left + 224]
             similarity = directions @ classifier.model.get_image_features(pixels).pooler_output[0]
-            expected.append(geneval.COLORS[similarity.argmax()])
-    assert found == expected and len(set(found)) > 2
+            # Random weights may see two colours as one.
+            assert similarity[geneval.COLORS.index(color)] > similarity.max() - 1e-4
+    assert len(set(found)) > 2
     assert found == classifier(image, objects, "green square")
     assert torch.equal(classifier.texts["green square"], classifier.embed_colors("green square"))
     assert not torch.equal(classifier.texts["green square"], classifier.embed_colors("red star"))

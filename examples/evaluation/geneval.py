@@ -37,7 +37,14 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, CLIPModel, Mask2FormerForUniversalSegmentation
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    CLIPImageProcessorPil,
+    CLIPModel,
+    Mask2FormerForUniversalSegmentation,
+    Mask2FormerImageProcessorPil,
+)
 
 
 TASKS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
@@ -255,7 +262,7 @@ class ColorClassifier:
     """
 
     def __init__(self, clip, device):
-        self.processor = AutoImageProcessor.from_pretrained(clip, backend="pil")
+        self.processor = CLIPImageProcessorPil.from_pretrained(clip)
         self.tokenizer = AutoTokenizer.from_pretrained(clip)
         self.model = CLIPModel.from_pretrained(clip, dtype=torch.float32, use_safetensors=True).to(device).eval()
         self.texts = {}
@@ -330,7 +337,7 @@ class Detector:
         self.classes = [OTHER_NAMES.get(label, label) for label in labels]
         if missing := set(CLASSES).difference(self.classes):
             raise ValueError(f"detector {name} does not know {', '.join(sorted(missing))}")
-        self.processor = AutoImageProcessor.from_pretrained(name, backend="pil")
+        self.processor = Mask2FormerImageProcessorPil.from_pretrained(name)
         load = Mask2FormerForUniversalSegmentation.from_pretrained
         self.model = load(name, dtype=torch.float32, use_safetensors=True).to(device).eval()
 
