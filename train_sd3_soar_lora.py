@@ -4,7 +4,7 @@
 # /// script
 # requires-python = ">=3.11"
 # dependencies = [
-#     "torch>=2.9", "diffusers>=0.40", "transformers>=5.6", "accelerate>=1.10", "peft>=0.19", "datasets>=4.0",
+#     "torch>=2.9", "diffusers>=0.40", "transformers>=5.6", "accelerate>=1.13", "peft>=0.19", "datasets>=4.0",
 #     "safetensors>=0.8", "bitsandbytes>=0.50; sys_platform != 'darwin'", "sentencepiece", "protobuf", "tensorboard",
 # ]
 # ///
@@ -62,6 +62,7 @@ import transformers
 from accelerate import Accelerator
 from accelerate.logging import get_logger
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+from accelerate.utils import convert_outputs_to_fp32
 from diffusers import AutoencoderKL, SD3Transformer2DModel, StableDiffusion3Pipeline, training_utils
 from diffusers.hooks import apply_group_offloading
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
@@ -71,6 +72,8 @@ from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dic
 from PIL import Image, ImageOps
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load, save, save_file
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+from torch.distributed.fsdp import CPUOffloadPolicy
 from torch.distributed.tensor import distribute_tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
@@ -378,9 +381,11 @@ def main(args):
     null_embeds = {name: tensor[None].to(device) for name, tensor in prompt_embeds[""].items()}
     training_utils.free_memory()
 
-    # Model and optimizer
+    # Model and optimizer: with FSDP2 the main process reads the weights, and sends each its part
+    hidden = not accelerator.is_main_process
+    sent = accelerator.is_fsdp2 and not isinstance(accelerator.state.fsdp_plugin.cpu_offload, CPUOffloadPolicy)
     with loading(args.pretrained_model_name_or_path, checkpoint):
-        transformer = load_transformer(args, model_dir, weight_dtype, checkpoint)
+        transformer = load_transformer(args, model_dir, weight_dtype, checkpoint, sent and hidden)
     if args.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
     if args.torch_compile:
@@ -393,10 +398,14 @@ def main(args):
     transformer.train()
     with failing_with(f"--optimizer {args.optimizer}"):
         optimizer = make_optimizer(args, [p for p in transformer.parameters() if p.requires_grad])
+    state = transformer.state_dict() if sent and not hidden else {}
     transformer, optimizer = accelerator.prepare(transformer, optimizer)
+    if sent:
+        set_model_state_dict(transformer, state, options=StateDictOptions(True, broadcast_from_rank0=True))
+        del state
     parameters = [p for p in transformer.parameters() if p.requires_grad]  # with FSDP2 others: sharded ones
     if accelerator.is_fsdp2 and accelerator.mixed_precision != "no":
-        transformer.forward = accelerator.autocast()(transformer.forward)  # see `make_accelerator`
+        transformer.forward = convert_outputs_to_fp32(accelerator.autocast()(transformer.forward))
     ema = None
     if args.use_ema:
         ema = training_utils.EMAModel(parameters, decay=args.ema_decay)
@@ -425,7 +434,6 @@ def main(args):
     # Training
     validating = args.validation_prompt and args.num_validation_images > 0
     signals = collect_stop_signals()
-    hidden = not accelerator.is_main_process
     progress = tqdm(desc="Training", total=args.max_train_steps, initial=global_step, unit="step", disable=hidden)
     while global_step < args.max_train_steps:
         started = time.perf_counter()
@@ -651,6 +659,8 @@ def make_accelerator(args):
         # Others wait while the main process checks the images; a process that dies is ended by its launcher.
         accelerate.utils.InitProcessGroupKwargs(timeout=datetime.timedelta(hours=12)),
     ]
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true" and os.environ.get("FSDP_VERSION") != "2":
+        fail("these scripts shard with FSDP2: set `fsdp_version: 2` in accelerate's configuration, as in fsdp2.yaml")
     with failing_with("--mixed_precision"):
         accelerator = Accelerator(**options, project_config=folders, kwargs_handlers=handlers)
     if (started := int(os.environ.get("WORLD_SIZE", 1))) > accelerator.num_processes:
@@ -661,10 +671,15 @@ def make_accelerator(args):
         deepspeed.deepspeed_config["train_micro_batch_size_per_gpu"] = args.train_batch_size
         if args.use_ema:
             fail("--use_ema does not work with DeepSpeed, which hides its float32 weights; use FSDP2 (fsdp2.yaml)")
-    if accelerator.is_fsdp2 and accelerator.mixed_precision != "no":
-        # Its own casting of inputs would round the timestep to 8 bits: `main` has autocast do it instead.
+    if accelerator.is_fsdp2:
         plugin = accelerator.state.fsdp_plugin
-        plugin.mixed_precision_policy = dataclasses.replace(plugin.mixed_precision_policy, cast_forward_inputs=False)
+        # `main` sends the weights, as accelerate cannot send a buffer; and transformers would leave encoders empty.
+        plugin.cpu_ram_efficient_loading = False
+        os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
+        if accelerator.mixed_precision != "no":
+            # `main` has autocast cast. FSDP2 would round the timestep, what blocks pass on, and sums of gradients.
+            policy = {"cast_forward_inputs": False, "output_dtype": None, "reduce_dtype": torch.float32}
+            plugin.mixed_precision_policy = dataclasses.replace(plugin.mixed_precision_policy, **policy)
     if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         fail("--mixed_precision fp16 needs a GPU; use bf16 or no on a CPU")
     if args.full_bf16 and (accelerator.mixed_precision != "bf16" or accelerator.is_fsdp2 or deepspeed is not None):
@@ -751,6 +766,8 @@ def trained_layers(args, config):
         fail(f"--lora {args.lora} has a rank, an alpha and layers: leave out --rank and all --lora_ flags")
     if args.bnb_quantization_config_path:
         what = f"--bnb_quantization_config_path {args.bnb_quantization_config_path}"
+        if os.environ.get("ACCELERATE_USE_FSDP") == "true":
+            fail(f"{what}: FSDP2 leaves quantised weights whole on every GPU; use ddp.yaml")
         with failing_with(what), open(args.bnb_quantization_config_path) as file:
             quantization = diffusers.BitsAndBytesConfig(**json.load(file))
             if not (quantization.load_in_4bit or quantization.load_in_8bit):
@@ -775,19 +792,28 @@ def trained_layers(args, config):
     return {name[1:]: args.rank * (w[0].numel() + len(w)) + args.use_dora * len(w) for name, w in layers.items()}
 
 
-def load_transformer(args, model_dir, weight_dtype, checkpoint=None, merged=None):
+def read_transformer(folder, dtype, empty=False, **options):
+    """The `SD3Transformer2DModel` in `folder`; `empty`, with memory for its weights that nothing has touched."""
+    if empty:
+        with torch.device("meta"):
+            config = SD3Transformer2DModel.load_config(folder, subfolder="transformer")
+            return SD3Transformer2DModel.from_config(config).to(dtype).to_empty(device="cpu")
+    # The file has the position table, which diffusers would compute before: 3 s, 3.4 GiB.
+    with contextlib.nullcontext() if options.get("quantization_config") else torch.device("meta"):
+        options |= {"subfolder": "transformer", "dtype": dtype, "use_safetensors": True}
+        return SD3Transformer2DModel.from_pretrained(folder, **options)
+
+
+def load_transformer(args, model_dir, weight_dtype, checkpoint=None, empty=False, merged=None):
     """
     The `SD3Transformer2DModel` to train: frozen in `weight_dtype`, quantised where asked, with a LoRA in float32; this
     from `checkpoint`, which [`save_transformer`] wrote, where there is one. A LoRA `merged` becomes part of the base.
     """
     source = {"weight_name": "pytorch_lora_weights.safetensors", "return_lora_metadata": True}
-    bits = args.bnb_quantization_config_path
-    options = {"subfolder": "transformer", "dtype": weight_dtype, "use_safetensors": True}
-    options["variant"] = None if args.transformer else args.variant
-    options["quantization_config"] = bits and diffusers.BitsAndBytesConfig(**json.loads(Path(bits).read_text()))
-    with contextlib.nullcontext() if bits else torch.device("meta"):  # the file has the position table: not computed
-        transformer = SD3Transformer2DModel.from_pretrained(args.transformer or model_dir, **options)
-    transformer.requires_grad_(False)
+    options = {"variant": None if args.transformer else args.variant}
+    if bits := args.bnb_quantization_config_path:
+        options["quantization_config"] = diffusers.BitsAndBytesConfig(**json.loads(Path(bits).read_text()))
+    transformer = read_transformer(args.transformer or model_dir, weight_dtype, empty, **options).requires_grad_(False)
     if merged:
         state, metadata = StableDiffusion3Pipeline.lora_state_dict(merged, **source)
         transformer.load_lora_adapter(state, metadata=metadata)
@@ -858,7 +884,8 @@ def predict_velocity(transformer, batch, noisy_latents, sigma, samples=slice(Non
 def gradient_sync(accelerator, transformer, last_batch, last):
     """Around a forward and its backward: processes average gradients at the `last` one of the step's `last_batch`."""
     accelerator.sync_gradients = last_batch and last  # what `accelerator.accumulate` finds out by counting
-    with contextlib.nullcontext() if accelerator.sync_gradients else accelerator.no_sync(transformer):
+    each = accelerator.is_fsdp2  # its gradients are whole until they are averaged: 32 GB of SD3.5-Large on every GPU
+    with contextlib.nullcontext() if accelerator.sync_gradients or each else accelerator.no_sync(transformer):
         yield
 
 

@@ -22,10 +22,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from accelerate.state import AcceleratorState, GradientState
+from accelerate import Accelerator
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.state import AcceleratorState, GradientState, PartialState
+from accelerate.utils import DistributedType
+from accelerate.utils.launch import prepare_multi_gpu_env
+from diffusers import SD3Transformer2DModel
 from PIL import Image
 from safetensors.torch import load, load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.distributed.tensor import DTensor
 
 from data_utils import Cache
 
@@ -194,6 +200,37 @@ def start_two(script, arguments, log, setup=lambda: None):
     common = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     common["ACCELERATE_USE_CPU"] = "true"
     return [start(script, arguments, log, {**common, "RANK": str(r), "LOCAL_RANK": str(r)}, setup) for r in range(2)]
+
+
+def shard():
+    """As a `setup`: shard over the processes, as `accelerate launch --config_file fsdp2.yaml` does on GPUs alone."""
+    config = ROOT / "examples" / "accelerate_configs" / "fsdp2.yaml"
+    arguments, _, _ = _validate_launch_command(launch_command_parser().parse_args(["--config_file", str(config), "x"]))
+    own = {name: os.environ[name] for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")}
+    os.environ.update(prepare_multi_gpu_env(arguments) | own)
+    init, backward = AcceleratorState.__init__, Accelerator.backward
+
+    def start_sharded(self, *inputs, fsdp_plugin=None, **options):
+        init(self, *inputs, fsdp_plugin=fsdp_plugin, **options)
+        if fsdp_plugin is not None:  # else it is not the first
+            self.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+            self.fsdp_plugin = fsdp_plugin
+            if self.mixed_precision != "no":
+                fsdp_plugin.set_mixed_precision(self.mixed_precision)
+
+    def backward_sharded(self, loss, **options):
+        """Neither a gradient nor a weight is whole on either process when it has returned."""
+        backward(self, loss, **options)
+        for model in self._models:
+            for parameter in model.parameters():
+                assert isinstance(parameter, DTensor)
+                assert isinstance(parameter.grad, DTensor) or not parameter.requires_grad
+        policy = self.state.fsdp_plugin.mixed_precision_policy
+        assert policy is None or policy.reduce_dtype == torch.float32
+
+    AcceleratorState.__init__, Accelerator.backward = start_sharded, backward_sharded
+    if os.environ["RANK"] != "0":  # it is sent them
+        SD3Transformer2DModel.from_pretrained = None
 
 
 def finish(process, log, code=0):

@@ -2,14 +2,18 @@
 """The same run on one process or two, with one batch size or another, and the order of samples that makes it so."""
 
 import itertools
+import os
+import shutil
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from harness import finish, scalars, start, start_two, weights
+from harness import ROOT, finish, scalars, shard, start, start_two, weights
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from data_utils import BucketBatchSampler, derive_seed
 
@@ -157,41 +161,64 @@ def test_seeds_differ_and_do_not_depend_on_the_process():
     assert torch.Generator().manual_seed(derive_seed("noise", 0, 1))
 
 
-# Sharded weights: accelerate's FSDP2 does not run on a CPU, so PyTorch's own `fully_shard` takes its place.
+# Sharded weights
 
 
-def shard():
-    """Make `Accelerator.prepare` shard the transformer over both processes, as accelerate's FSDP2 does on GPUs."""
-    from accelerate import Accelerator
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
+def run_sharded(script, folder, *arguments):
+    log = f"{folder}.log"
+    for process in start_two(script, [*arguments, "--output_dir", folder], log, shard):
+        finish(process, log)
+    return folder
 
-    def prepare(self, model, optimizer):
-        mesh = init_device_mesh("cpu", (2,))
-        for block in model.transformer_blocks:
-            fully_shard(block, mesh=mesh)
-        fully_shard(model, mesh=mesh)
-        assert any(hasattr(parameter, "full_tensor") for parameter in model.parameters())
-        optimizer.param_groups[0]["params"] = [p for p in model.parameters() if p.requires_grad]
-        self._models.append(model)
-        return model, self.prepare_optimizer(optimizer)
 
-    Accelerator.prepare = prepare
-    Accelerator.is_fsdp2 = property(lambda self: True)
+SHARDED = """--train_batch_size 2 --max_train_steps 3 --max_grad_norm 0.1 --validation_prompt cat
+    --num_inference_steps 2 --num_validation_images 3""".split()
 
 
 @pytest.mark.parametrize("script", ["train_sd3_soar", "train_sd3_soar_lora"])
 def test_sharded_weights_are_gathered(script, arguments, tmp_path):
-    """Gradient norm, average and result of a sharded run are those of a whole one, validation included."""
-    extra = ["--train_batch_size", 2, "--max_train_steps", 3, "--checkpointing_steps", 100, "--max_grad_norm", 0.1]
-    extra += ["--validation_prompt", "cat", "--num_inference_steps", 2, "--num_validation_images", 3]
+    """Losses, gradient norms, average, result and samples of a sharded run are those of a whole one."""
+    extra = [*SHARDED, "--mixed_precision", "no"]
     one = run_one(script, tmp_path / "one", *arguments, *extra, "--gradient_accumulation_steps", 2)
-    log = tmp_path / "two.log"
-    for process in start_two(script, [*arguments, *extra, "--output_dir", tmp_path / "two"], log, setup=shard):
-        finish(process, log)
-    assert distance(one, tmp_path / "two") < 1e-5
+    two = run_sharded(script, tmp_path / "two", *arguments, *extra)
+    assert distance(one, two) < 1e-5
     for name in ("loss", "grad_norm"):
         expected = scalars(one, name)
         assert len(expected) == 3
-        for step, value in scalars(tmp_path / "two", name).items():
+        for step, value in scalars(two, name).items():
             assert abs(value - expected[step]) < 1e-4 * expected[step]
+    images = [np.asarray(Image.open(folder / "validation" / "step-3.png")).astype(int) for folder in (one, two)]
+    assert abs(images[0] - images[1]).max() <= 1
+
+
+def test_sharded_as_configured(arguments, tmp_path):
+    """In bf16, as `fsdp2.yaml` has it: close to a whole run, with samples, and resumed from sharded states."""
+    extra = [*arguments, *SHARDED]
+    options = ["--gradient_accumulation_steps", 2, "--mixed_precision", "bf16"]
+    one = run_one("train_sd3_soar", tmp_path / "one", *extra, *options)
+    two = run_sharded("train_sd3_soar", tmp_path / "two", *extra)
+    assert distance(one, two) < 2e-3
+    assert all(abs(value - scalars(one)[step]) < 1e-3 * value for step, value in scalars(two).items())
+    assert (two / "validation" / "step-3.png").exists()
+    shutil.copytree(two / "checkpoint-2", tmp_path / "resumed" / "checkpoint-2")
+    resumed = run_sharded("train_sd3_soar", tmp_path / "resumed", *extra, "--resume_from_checkpoint", "latest")
+    assert distance(two, resumed) == 0
+
+
+@pytest.mark.parametrize(
+    ("version", "flags", "message"),
+    [
+        (1, [], "these scripts shard with FSDP2: set `fsdp_version: 2`"),
+        (2, ["--bnb_quantization_config_path", ROOT / "examples/configs/nf4.json"], "leaves quantised weights whole"),
+    ],
+)
+def test_what_cannot_be_sharded(version, flags, message, arguments, tmp_path):
+    def setup():
+        shard()
+        os.environ["FSDP_VERSION"] = str(version)
+
+    log = tmp_path / "log.txt"
+    arguments = [*arguments, *flags, "--output_dir", tmp_path / "out"]
+    for process in start_two("train_sd3_soar_lora", arguments, log, setup):
+        finish(process, log, code=1)
+    assert "error: " in log.read_text() and message in log.read_text()

@@ -101,12 +101,14 @@ def test_fsdp2(pipeline, photos, tmp_path):
     command += [ROOT / "train_sd3_soar.py", "--pretrained_model_name_or_path", pipeline, "--train_data_dir", photos]
     command += "--resolution 32 --max_sequence_length 16 --train_batch_size 2 --learning_rate 1e-3 --seed 0".split()
     command += ["--use_ema", "--report_to", "none", *FLAGS.split()]
+    command += ["--validation_prompt", "cat", "--num_inference_steps", 2]
 
     def launch(*arguments):
         done = subprocess.run([str(word) for word in (*command, *arguments)], capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-3000:]
 
     launch("--output_dir", tmp_path / "straight")
+    assert any((tmp_path / "straight" / "validation").iterdir())
     launch(*resume_as_killed(tmp_path / "straight", tmp_path / "resumed"))
     one, other = weights(tmp_path / "straight"), weights(tmp_path / "resumed")
     for name, tensor in one.items():

@@ -14,7 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from harness import ROOT, equal, finish, reset_accelerate, start_two, weights
+from harness import ROOT, equal, finish, reset_accelerate, shard, start_two, weights
 from PIL import Image
 
 import soar_utils
@@ -458,6 +458,15 @@ def test_two_processes_train_what_one_trains(method, flags, train, tmp_path, pip
     two = weights(tmp_path / "two")
     for name, tensor in weights(one).items():
         torch.testing.assert_close(tensor, two[name], rtol=0, atol=1e-5)
+
+
+def test_sharded_weights_are_refused(pipeline, tmp_path):
+    (tmp_path / "prompts.txt").write_text("a dog\n")
+    arguments = ["--pretrained_model_name_or_path", pipeline, "--prompts", tmp_path / "prompts.txt", "--reward", "x=1"]
+    log = tmp_path / "log.txt"
+    for process in start_two("train_sd3_nft_lora", [*arguments, "--output_dir", tmp_path / "out"], log, shard):
+        finish(process, log, code=1)
+    assert "error: the LoRA is switched on and off" in log.read_text()
 
 
 @pytest.mark.parametrize("start", ["base", "transformer", "lora"])

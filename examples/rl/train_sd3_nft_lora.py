@@ -260,6 +260,8 @@ def main(args):
     if args.hub_token:  # there every library finds it, and nothing that is written does
         os.environ["HF_TOKEN"], args.hub_token = args.hub_token, None
     accelerator = script.make_accelerator(args)
+    if accelerator.is_fsdp2:
+        script.fail("the LoRA is switched on and off within a step, which FSDP2 was not tried with; use ddp.yaml")
     device, processes = accelerator.device, accelerator.num_processes
     weight_dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
     args.cache_dir = args.cache_dir or os.path.join(args.output_dir, "cache")
@@ -306,7 +308,7 @@ def main(args):
 
     # Model and optimizer
     with script.loading(args.pretrained_model_name_or_path, checkpoint):
-        transformer = script.load_transformer(args, model_dir, weight_dtype, checkpoint, merged)
+        transformer = script.load_transformer(args, model_dir, weight_dtype, checkpoint, merged=merged)
     if args.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
     if args.torch_compile:
