@@ -614,6 +614,8 @@ def make_accelerator(args):
         # `main` sends the weights, as accelerate cannot send a buffer; and transformers would leave encoders empty.
         plugin.cpu_ram_efficient_loading = False
         os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
+        if args.use_8bit_adam or args.optimizer == "prodigy":
+            fail("with FSDP2 the optimizer is AdamW: leave out --use_8bit_adam and --optimizer, or use ddp.yaml")
         if accelerator.mixed_precision != "no":
             # `main` has autocast cast. FSDP2 would round the timestep, what blocks pass on, and sums of gradients.
             policy = {"cast_forward_inputs": False, "output_dtype": None, "reduce_dtype": torch.float32}

@@ -210,6 +210,8 @@ def test_sharded_as_configured(arguments, tmp_path):
     [
         (1, [], "these scripts shard with FSDP2: set `fsdp_version: 2`"),
         (2, ["--bnb_quantization_config_path", ROOT / "examples/configs/nf4.json"], "leaves quantised weights whole"),
+        (2, ["--use_8bit_adam"], "with FSDP2 the optimizer is AdamW"),
+        (2, ["--optimizer", "prodigy"], "with FSDP2 the optimizer is AdamW"),
     ],
 )
 def test_what_cannot_be_sharded(version, flags, message, arguments, tmp_path):
