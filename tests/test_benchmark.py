@@ -258,7 +258,7 @@ def test_benchmark_and_report(pipeline, tmp_path):
         assert result["measured"]["peak_allocated_gib"] is None  # not known on a CPU
     command = [sys.executable, BENCHMARK / "report_benchmark.py", tmp_path / "results"]
     done = run_python(command)
-    (row,) = re.findall(r"`soar --trajectory_length 1 --resolution 32 --max_sequence_length 16` \| [\d.]+ \| (.*) \|", done.stdout)
+    (row,) = re.findall(r"`soar --trajectory_length 1 [^`]*` \| [\d.]+ \| (.*) \|", done.stdout)
     steps = [result["measured"]["step_s"] for result in (soar, sft)]
     assert float(row.split(" | ")[0]) == pytest.approx(steps[0] / steps[1], abs=0.01)
     assert (tmp_path / "results" / "report.png").exists()

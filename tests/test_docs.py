@@ -8,6 +8,7 @@ import shlex
 
 import pytest
 from harness import ROOT, SCRIPTS
+from mutate import MUTATIONS
 
 
 QUICKSTART = ROOT / "examples" / "quickstart" / "run.sh"
@@ -129,3 +130,10 @@ def test_examples_use_the_public_names_of_a_script_and_no_others():
     assert used == public
     for script in SCRIPTS:
         assert all(hasattr(importlib.import_module(script), name) for name in public)
+
+
+def test_the_errors_to_plant_have_their_place():
+    """Each text that `mutate.py` changes stands once in its file, and the document says how many there are."""
+    for file, text, instead, _ in MUTATIONS:
+        assert (ROOT / file).read_text().count(text) == 1 and text != instead, (file, text)
+    assert f"plants {len(MUTATIONS)} errors" in (ROOT / "tests" / "README.md").read_text()
