@@ -198,6 +198,7 @@ def test_sharded_as_configured(arguments, tmp_path):
     one = run_one("train_sd3_soar", tmp_path / "one", *extra, *options)
     two = run_sharded("train_sd3_soar", tmp_path / "two", *extra)
     assert distance(one, two) < 2e-3
+    assert scalars(two).keys() == {1, 2, 3}
     assert all(abs(value - scalars(one)[step]) < 1e-3 * value for step, value in scalars(two).items())
     assert (two / "validation" / "step-3.png").exists()
     shutil.copytree(two / "checkpoint-2", tmp_path / "resumed" / "checkpoint-2")
