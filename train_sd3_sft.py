@@ -322,8 +322,8 @@ def main(args):
     # Model and optimizer: with FSDP2 the main process reads the weights, and sends each its part
     hidden = not accelerator.is_main_process
     sent = accelerator.is_fsdp2 and not isinstance(accelerator.state.fsdp_plugin.cpu_offload, CPUOffloadPolicy)
-    with loading(args.pretrained_model_name_or_path, checkpoint):
-        transformer = load_transformer(args, model_dir, weight_dtype, checkpoint, sent and hidden)
+    load = loading(args.pretrained_model_name_or_path, checkpoint)(load_transformer)
+    transformer = run_on_each(accelerator, load, args, model_dir, weight_dtype, checkpoint, sent and hidden)
     if args.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
     if args.torch_compile:

@@ -206,6 +206,18 @@ def test_sharded_as_configured(arguments, tmp_path):
     assert distance(two, resumed) == 0
 
 
+def test_weights_that_cannot_be_sent(arguments, pipeline, tmp_path):
+    """A broken file, which one process reads, ends both with one line."""
+    broken, log = shutil.copytree(pipeline, tmp_path / "broken"), tmp_path / "log.txt"
+    (file,) = (broken / "transformer").glob("*.safetensors")
+    os.truncate(file, 5000)
+    arguments = [*arguments, "--pretrained_model_name_or_path", broken, "--output_dir", tmp_path / "out"]
+    for process in start_two("train_sd3_soar", arguments, log, shard):
+        finish(process, log, code=1)
+    assert f"error: --pretrained_model_name_or_path {broken} cannot be loaded" in log.read_text()
+    assert "Traceback" not in log.read_text()
+
+
 @pytest.mark.parametrize(
     ("version", "flags", "message"),
     [
