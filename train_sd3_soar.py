@@ -775,7 +775,7 @@ def read_transformer(folder, dtype, empty=False, **options):
 def load_transformer(args, model_dir, weight_dtype, checkpoint=None, empty=False):
     """
     The `SD3Transformer2DModel` to train, in float32 or, with --full_bf16, in `weight_dtype`; from `checkpoint`, which
-    [`save_transformer`] wrote, where there is one. The parameters to train have `requires_grad`.
+    [`save_transformer`] wrote, where there is one; or `empty`. The parameters to train have `requires_grad`.
     """
     variant = None if checkpoint or args.transformer else args.variant
     dtype = weight_dtype if args.full_bf16 else torch.float32

@@ -808,8 +808,8 @@ def read_transformer(folder, dtype, empty=False, **options):
 
 def load_transformer(args, model_dir, weight_dtype, checkpoint=None, empty=False, merged=None):
     """
-    The `SD3Transformer2DModel` to train: frozen in `weight_dtype`, quantised where asked, with a LoRA in float32; this
-    from `checkpoint`, which [`save_transformer`] wrote, where there is one. A LoRA `merged` becomes part of the base.
+    The `SD3Transformer2DModel` to train: frozen in `weight_dtype`, quantised where asked, or `empty`, with a LoRA in
+    float32; this from `checkpoint` of [`save_transformer`], if there is one. A LoRA `merged` becomes part of the base.
     """
     source = {"weight_name": "pytorch_lora_weights.safetensors", "return_lora_metadata": True}
     options = {"variant": None if args.transformer else args.variant}
