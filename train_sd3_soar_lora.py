@@ -195,7 +195,7 @@ def parse_args(input_args=None):
     add("--lambda_aux", type=number(float, 0), default=1.0, help="Weight of an auxiliary point; 0 is plain SFT.")
     add("--trajectory_length", type=number(int, 0), default=6, help="N: auxiliary points per rollout path.")
     add("--num_rollout_paths", type=number(int, 1), default=1, help="M: the ODE step, and M - 1 stochastic ones.")
-    add("--num_sampling_steps", type=number(int, 1), default=40, help="K: the rollout is one step of K.")
+    add("--num_sampling_steps", type=number(int, 1, 1000), default=40, help="K: the rollout is one step of K.")
     add("--cfg_scale_sampling", type=number(), default=4.5, help="Guidance of the rollout step.")
     add("--sde_rollout_type", choices=soar_utils.STOCHASTIC_ROLLOUTS, default="flow_sde", help="Of paths 1 to M-1.")
     add("--sde_noise_scale", type=number(float, 0, 1), default=0.5, help="Their strength.")
@@ -286,6 +286,7 @@ def training_losses(args, predict, latents, generators, shift, sync):
             velocity_uncond = predict(noisy_latents, sigma, null=True)
         velocity_cfg = soar_utils.apply_guidance(velocity_cfg, velocity_uncond, args.cfg_scale_sampling)
     sigma_next = soar_utils.next_sigma(sigma, args.num_sampling_steps, shift)
+    sigma_max = soar_utils.next_sigma(torch.ones(()), args.num_sampling_steps, shift).item()  # on the CPU
     sigma_upper = torch.ones_like(sigma)
     if args.sigma_upper_ratio is not None:
         sigma_upper = (args.sigma_upper_ratio * sigma).clamp(max=1)
@@ -296,7 +297,7 @@ def training_losses(args, predict, latents, generators, shift, sync):
         mode = args.sde_rollout_type if path > 0 else "ode"
         step_noise = draw(unit_noise, generators, device) if path > 0 else None
         rollout_latents = soar_utils.rollout_step(
-            noisy_latents, velocity_cfg, sigma, sigma_next, mode, args.sde_noise_scale, step_noise
+            noisy_latents, velocity_cfg, sigma, sigma_next, mode, args.sde_noise_scale, step_noise, sigma_max
         )
         for _ in range(args.trajectory_length):
             place = draw(lambda generator: torch.rand((), generator=generator), generators, device)
