@@ -171,8 +171,8 @@ def rollout_step(
             the ODE) or `"cps"` (coefficients-preserving sampling).
         noise_scale (`float`): Strength of the stochastic part; unused by `"ode"` and `"sde"`.
         step_noise (`torch.Tensor` of shape `(B, ...)`, *optional*): Fresh unit noise of a stochastic step.
-        sigma_max (`float`, *optional*): Needed by `"flow_sde"` alone: the noise level one step below 1. Its coefficient
-            diverges at 1, so it is taken at no higher level, as Flow-GRPO does at 1 itself.
+        sigma_max (`float`, *optional*): Needed by `"flow_sde"` alone: the noise level one step below 1. Its
+            coefficient diverges at 1, so it is taken at no higher level, as Flow-GRPO does at 1 itself.
 
     Returns:
         `torch.Tensor` of shape `(B, ...)`, float32: state at `sigma_next`.

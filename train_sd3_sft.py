@@ -34,6 +34,7 @@ import itertools
 import json
 import logging
 import math
+import multiprocessing
 import os
 import random
 import re
@@ -279,10 +280,13 @@ def main(args):
     if args.report_to != "none":
         tracked = {k: v if isinstance(v, (int, float, str)) else str(v) for k, v in vars(args).items()}
         with failing_with(f"--report_to {args.report_to}"):  # it may ask for a login
-            accelerator.init_trackers(Path(sys.argv[0]).stem, tracked, {"wandb": {"dir": args.output_dir}})
+            # TensorBoard forgets what a run that was interrupted had logged after its checkpoint.
+            options = {"wandb": {"dir": args.output_dir}, "tensorboard": {"purge_step": saved_state["step"] + 1}}
+            accelerator.init_trackers(Path(sys.argv[0]).stem, tracked, options)
     rows = run_on_each(accelerator, load_images, args)
     place = accelerator.process_index, accelerator.num_processes
-    check_images(args, rows, *place, again=args.check_images)
+    with failing_with("the images cannot be checked"):  # such as a worker that was killed
+        check_images(args, rows, *place, again=args.check_images)
     accelerator.wait_for_everyone()
     inspected = run_on_each(accelerator, inspect_images, args, model_config, rows)
     if len(inspected) < global_batch_size:
@@ -299,6 +303,8 @@ def main(args):
     if checkpoint:
         run_on_main(accelerator, check_resume, checkpoint, saved_state, trainer_state)
     run_on_main(accelerator, check_room, args, model_config["trained"], saved_state["step"])
+    if args.push_to_hub:
+        args.hub_model_id = run_on_main(accelerator, make_repository, args)
 
     # Encoders and caches
     run_on_each(accelerator, download_model, args, model_dir)
@@ -312,7 +318,8 @@ def main(args):
     vae.requires_grad_(False).eval().to("cpu" if args.cache_latents or args.offload else device)
     prompts = ["", *args.validation_prompt]
     if args.cache_latents or args.cache_prompt_embeds:
-        build_caches(args, accelerator, train_dataset, model_dir, model_config, vae, weight_dtype, prompts)
+        with failing_with(f"--cache_dir {args.cache_dir} cannot be filled"):
+            build_caches(args, accelerator, train_dataset, model_dir, model_config, vae, weight_dtype, prompts)
     prompt_embeds, text_encoders = embed_prompts(
         args, train_dataset, model_dir, model_config, weight_dtype, prompts, device
     )
@@ -371,73 +378,101 @@ def main(args):
 
     # Training
     validating = args.validation_prompt and args.num_validation_images > 0
+    save = functools.partial(save_checkpoint, accelerator, ema, trainer_state, args)
     signals = collect_stop_signals()
     progress = tqdm(desc="Training", total=args.max_train_steps, initial=global_step, unit="step", disable=hidden)
-    while global_step < args.max_train_steps:
-        started = time.perf_counter()
-        sums = defaultdict(float)  # of what is logged, on the device
-        names = []
-        for micro_step in range(1, args.gradient_accumulation_steps + 1):
-            batch = prepare_batch(next(batches), null_embeds, vae, text_encoders, args.max_sequence_length, device)
-            names += batch["name"]
-            last_batch = micro_step == args.gradient_accumulation_steps
-            predict = functools.partial(predict_velocity, transformer, batch)
-            sync = functools.partial(gradient_sync, accelerator, transformer, last_batch)
-            latents, generators = batch["latents"], batch["generators"]
-            for loss, shares in training_losses(args, predict, latents, generators, model_config["shift"], sync):
-                accelerator.backward(loss)
-                for name, share in {"loss": loss.detach(), **shares}.items():
-                    sums[name] += share / args.gradient_accumulation_steps
-        grad_norm = accelerator.clip_grad_norm_(parameters, args.max_grad_norm or math.inf)
-        if hasattr(grad_norm, "full_tensor"):  # FSDP2 gives a sharded tensor, DeepSpeed a float or nothing
-            grad_norm = grad_norm.full_tensor()
-        sums["grad_norm"] = torch.as_tensor(0.0 if grad_norm is None else grad_norm, device=device)
-        sums["signals"] = torch.tensor(float(len(signals)), device=device)  # one to any process stops all
-        # The one place of the step where the host waits for the device.
-        means = accelerator.reduce(torch.stack([*sums.values()]), "mean").tolist()
-        logs = dict(zip(sums, means, strict=True))
-        stopping = logs.pop("signals") > 0
-        # fp16's scaler deals with a gradient that is not finite itself.
-        checked = logs if accelerator.scaler is None else logs.keys() - {"grad_norm"}
-        if not all(math.isfinite(logs[name]) for name in checked):
-            skipped_steps += 1
-            names = ", ".join(accelerate.utils.gather_object(names))
-            what = f"step {global_step + 1}: not finite ({logs}); samples {names}"
-            if skipped_steps > args.max_skipped_steps:
-                fail(f"{what}. The step was not taken. {last_checkpoint(args.output_dir)}")
-            logger.warning(f"Skipped {what}")
-        else:
-            skipped_steps = 0
-            # The rounding of --full_bf16: alike on all processes, and after a restart.
-            torch.manual_seed(data_utils.derive_seed(args.seed, "rounding", global_step))
-            optimizer.step()
-            if ema is not None:
-                ema.to(device)
-                ema.step(parameters)
-                ema.to("cpu" if args.offload_ema else device)
-        logs["lr"] = float(lr_scheduler.get_last_lr()[0] * optimizer.param_groups[0].get("d", 1))  # Prodigy's factor
-        logs["skipped_steps"] = skipped_steps
-        lr_scheduler.step()
-        optimizer.zero_grad()
-        global_step += 1
-        trainer_state |= {"step": global_step, "skipped_steps": skipped_steps}
-        logs["samples_per_second"] = global_batch_size / (time.perf_counter() - started)
-        with optional("Logging"):
-            accelerator.log(logs, step=global_step)
-        progress.update()
-        progress.set_postfix(loss=logs["loss"], lr=logs["lr"])
+    limit_waits(minutes=30)
+    batch, whole = None, True  # whether the weights are those after `global_step` steps
+    try:
+        while global_step < args.max_train_steps:
+            started = time.perf_counter()
+            sums = defaultdict(float)  # of what is logged, on the device
+            names, failure = [], None
+            for micro_step in range(1, args.gradient_accumulation_steps + 1):
+                try:
+                    data = next(batches) if failure is None else None
+                except Exception as error:  # an image vanished, a worker was killed
+                    failure = str(error).strip().split("\n")[-1]
+                    if batch is None:
+                        fail(failure)
+                if failure is None:  # else the others wait for this process: it goes on with the batch before
+                    batch = prepare_batch(data, null_embeds, vae, text_encoders, args.max_sequence_length, device)
+                names += batch["name"]
+                last_batch = micro_step == args.gradient_accumulation_steps
+                predict = functools.partial(predict_velocity, transformer, batch)
+                sync = functools.partial(gradient_sync, accelerator, transformer, last_batch)
+                latents, generators = batch["latents"], batch["generators"]
+                for loss, shares in training_losses(args, predict, latents, generators, model_config["shift"], sync):
+                    accelerator.backward(loss)
+                    for name, share in {"loss": loss.detach(), **shares}.items():
+                        sums[name] += share / args.gradient_accumulation_steps
+            grad_norm = accelerator.clip_grad_norm_(parameters, args.max_grad_norm or math.inf)
+            if hasattr(grad_norm, "full_tensor"):  # FSDP2 gives a sharded tensor, DeepSpeed a float or nothing
+                grad_norm = grad_norm.full_tensor()
+            sums["grad_norm"] = torch.as_tensor(0.0 if grad_norm is None else grad_norm, device=device)
+            # What happens to one process stops all.
+            sums["signals"] = torch.tensor(float(len(signals)), device=device)
+            sums["failures"] = torch.tensor(float(failure is not None), device=device)
+            # The one place of the step where the host waits for the device.
+            means = accelerator.reduce(torch.stack([*sums.values()]), "mean").tolist()
+            logs = dict(zip(sums, means, strict=True))
+            stopping = logs.pop("signals") > 0
+            if logs.pop("failures") > 0:
+                failures = "; ".join(filter(None, accelerate.utils.gather_object([failure])))
+                if global_step > saved_state["step"]:
+                    save()
+                fail(f"step {global_step + 1} was not taken: {failures}. {last_checkpoint(args.output_dir)}")
+            # fp16's scaler deals with a gradient that is not finite itself.
+            checked = logs if accelerator.scaler is None else logs.keys() - {"grad_norm"}
+            if not all(math.isfinite(logs[name]) for name in checked):
+                skipped_steps += 1
+                names = ", ".join(accelerate.utils.gather_object(names))
+                what = f"step {global_step + 1}: not finite ({logs}); samples {names}"
+                if skipped_steps > args.max_skipped_steps:
+                    fail(f"{what}. The step was not taken. {last_checkpoint(args.output_dir)}")
+                logger.warning(f"Skipped {what}")
+                if accelerator.scaler is not None:
+                    accelerator.scaler.update()  # else it takes the next step's gradients for this one's
+            else:
+                skipped_steps = 0
+                # The rounding of --full_bf16: alike on all processes, and after a restart.
+                torch.manual_seed(data_utils.derive_seed(args.seed, "rounding", global_step))
+                whole = False
+                optimizer.step()
+                if ema is not None:
+                    ema.to(device)
+                    ema.step(parameters)
+                    ema.to("cpu" if args.offload_ema else device)
+            logs["lr"] = float(lr_scheduler.get_last_lr()[0] * optimizer.param_groups[0].get("d", 1))  # of Prodigy
+            logs["skipped_steps"] = skipped_steps
+            lr_scheduler.step()
+            optimizer.zero_grad()
+            global_step += 1
+            trainer_state |= {"step": global_step, "skipped_steps": skipped_steps}
+            whole = True
+            logs["samples_per_second"] = global_batch_size / (time.perf_counter() - started)
+            with optional("Logging"):
+                accelerator.log(logs, step=global_step)
+            progress.update()
+            progress.set_postfix(loss=logs["loss"], lr=logs["lr"])
 
-        if global_step % args.checkpointing_steps == 0 or stopping:
-            save_checkpoint(accelerator, ema, trainer_state, args.output_dir, args.checkpoints_total_limit)
-        if stopping:
-            accelerator.end_training()
-            logger.info(f"Stopped by a signal after step {global_step}; --resume_from_checkpoint latest goes on.")
-            sys.exit(EXIT_INTERRUPTED)
-        if validating and global_step % args.validation_steps == 0 and global_step < args.max_train_steps:
-            with averaged_weights(ema, parameters):
-                log_validation(args, accelerator, transformer, vae, model_dir, prompt_embeds, global_step, signals)
+            if global_step % args.checkpointing_steps == 0 or stopping:
+                save()
+            if stopping:
+                accelerator.end_training()
+                logger.info(f"Stopped by a signal after step {global_step}; --resume_from_checkpoint latest goes on.")
+                sys.exit(EXIT_INTERRUPTED)
+            if validating and global_step % args.validation_steps == 0 and global_step < args.max_train_steps:
+                with averaged_weights(ema, parameters):
+                    log_validation(args, accelerator, transformer, vae, model_dir, prompt_embeds, global_step, signals)
+    except Exception:
+        if whole and global_step > saved_state["step"] and accelerator.num_processes == 1:  # others would wait
+            with optional("A checkpoint of the last whole step"):
+                save()
+        raise
     progress.close()
     on_stop_signals(signal.SIG_DFL)
+    limit_waits(hours=12)  # for the upload of the result
 
     # Result: first what the run was for, then what may fail
     samples = {}
@@ -469,6 +504,8 @@ def check_args(parser, args):
         path, is_there = getattr(args, flag), os.path.isdir if kind == "folder" else os.path.isfile
         if path is not None and not is_there(path):
             parser.error(f"--{flag} {path}: no such {kind}")
+    if args.hub_token and args.report_to not in ("none", "tensorboard"):
+        parser.error("--hub_token: other trackers than TensorBoard keep the command line. Use `hf auth login` instead")
     if args.lr_warmup_steps > 0 and args.lr_scheduler in ("constant", "piecewise_constant"):
         parser.error("--lr_warmup_steps has no effect without another --lr_scheduler: see constant_with_warmup")
     args.validation_height = args.validation_height or args.resolution
@@ -540,7 +577,7 @@ def ask_hub(what, function, name, **options):
         except Exception as error:  # no answer, a server's error, or another, which will not pass
             answer, library = getattr(error, "response", None), type(error).__module__.split(".")[0]
             silent = isinstance(error, errors.LocalEntryNotFoundError) or library.startswith("httpx")
-            passing = silent if answer is None else answer.status_code >= 500
+            passing = silent if answer is None else answer.status_code >= 500 or answer.status_code == 429
             if not passing or pause is None or huggingface_hub.constants.HF_HUB_OFFLINE:
                 fail(f"{what}: {str(error)[:500]}")
         logger.warning(f"The hub does not answer, or with an error of its own; trying again in {pause} seconds.")
@@ -559,7 +596,9 @@ def optional(what):
 def loading(name, checkpoint=None):
     """Around the loading of weights: a missing, pickled or broken file of the model or checkpoint gives one line."""
     if checkpoint:
-        return failing_with(f"--resume_from_checkpoint {checkpoint} is damaged")
+        others = [str(path) for path in checkpoints(Path(checkpoint).parent) if path != Path(checkpoint)]
+        way = f" (go on from {others[-1]})" if others else ""
+        return failing_with(f"--resume_from_checkpoint {checkpoint} is damaged{way}")
     return failing_with(f"--pretrained_model_name_or_path {name} cannot be loaded")
 
 
@@ -594,7 +633,7 @@ def make_accelerator(args):
     handlers = [
         # SD3.5's position table is a buffer of 0.9 GB that never changes: do not send it at every forward.
         accelerate.utils.DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
-        # Others wait while the main process checks the images; a process that dies is ended by its launcher.
+        # Others wait while the main process checks the images; see `limit_waits` for the rest of the run.
         accelerate.utils.InitProcessGroupKwargs(timeout=datetime.timedelta(hours=12)),
     ]
     if os.environ.get("ACCELERATE_USE_FSDP") == "true" and os.environ.get("FSDP_VERSION") != "2":
@@ -630,6 +669,12 @@ def make_accelerator(args):
         library.utils.logging.set_verbosity_error()
     torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
     return accelerator
+
+
+def limit_waits(**time):
+    """From now on, how long a process may wait for others before it ends with an error."""
+    if torch.distributed.is_initialized():
+        torch.distributed.distributed_c10d._set_pg_timeout(datetime.timedelta(**time))  # PyTorch has no public one
 
 
 # Model and optimizer
@@ -1270,7 +1315,7 @@ def plan_caches(args, train_dataset, model_config, weight_dtype, prompts, proces
     pixels = sum(math.prod(size) * len(group) for size, group in latents.items())
     moments = pixels // model_config["vae_scale_factor"] ** 2 * 2 * model_config["latent_channels"]
     needed = moments * torch.float32.itemsize + len(embeds) * model_config["embeds_size"] * weight_dtype.itemsize
-    free = shutil.disk_usage(args.cache_dir).free
+    free = free_space(args.cache_dir) * 2**30
     missing = sum(map(len, latents.values()))
     what = f"{missing} of {totals[0]} latents and {len(embeds)} of {totals[1]} prompt embeddings"
     logger.info(f"Caches in {args.cache_dir}: {what} are missing and take {needed / 2**30:.2f} GiB.")
@@ -1343,7 +1388,13 @@ def check_folders(accelerator, args):
     def write(flag, folder, written):
         with failing_with(f"--{flag} {folder} cannot be written"):
             os.makedirs(folder, exist_ok=True)
-            return written.enter_context(tempfile.NamedTemporaryFile(dir=folder)).name
+            path = written.enter_context(tempfile.NamedTemporaryFile(dir=folder)).name
+        whole = f"{path}.folder"
+        with failing_with(f"--{flag} {folder}: its file system cannot rename a folder with files; choose a local one"):
+            os.makedirs(f"{whole}.unfinished/part")
+            os.replace(f"{whole}.unfinished", whole)  # as whole checkpoints are made
+        shutil.rmtree(whole, ignore_errors=True)
+        return path
 
     for flag, folder in (("output_dir", args.output_dir), ("cache_dir", args.cache_dir)):
         with contextlib.ExitStack() as written:
@@ -1371,33 +1422,48 @@ def find_checkpoint(args):
             ways = "choose a new folder, go on with --resume_from_checkpoint latest, or give --overwrite_output_dir"
             fail(f"--output_dir {output} holds another run ({', '.join(old)}): {ways}")
         return None, {"step": 0}
-    folders = checkpoints(output)[::-1] if wanted == "latest" else [Path(wanted), output / wanted]
-    for folder in folders:
-        try:
-            if folder.suffix == ".unfinished":
-                raise ValueError("its writing was interrupted")
-            state = json.loads((folder / "trainer_state.json").read_text())
-        except (OSError, ValueError) as error:
-            logger.info(f"Skipped {folder}, not a whole checkpoint: {error}")
-            continue
-        if state["script"] != Path(sys.argv[0]).name:
-            fail(f"--resume_from_checkpoint {folder}: written by {state['script']}, not by {Path(sys.argv[0]).name}")
-        return str(folder), state
-    if wanted != "latest":
-        fail(f"--resume_from_checkpoint {wanted}: no whole checkpoint there or in {output}")
-    logger.info(f"No checkpoint in {output}: starting from the beginning.")
-    return None, {"step": 0}
+    found = checkpoints(output)
+    folder = [None, *found][-1] if wanted == "latest" else Path(wanted) if os.path.isdir(wanted) else output / wanted
+    try:
+        state = read_state(folder) if folder else {"step": 0}
+    except (OSError, ValueError) as error:
+        fail(
+            f"--resume_from_checkpoint {wanted}: {folder} is no whole checkpoint ({error}). {last_checkpoint(output)}"
+        )
+    for other in output.glob("checkpoint-*"):  # which this run would count, or replace
+        if other not in found and other.suffix != ".unfinished":
+            way = "move it away, or choose another --output_dir"
+            fail(f"{other} is no whole checkpoint of this script: {way}. {last_checkpoint(output)}")
+    if folder is None:
+        logger.info(f"No checkpoint in {output}: starting from the beginning.")
+        return None, state
+    if state["script"] != Path(sys.argv[0]).name:
+        fail(f"--resume_from_checkpoint {folder}: written by {state['script']}, not by {Path(sys.argv[0]).name}")
+    return str(folder), state
+
+
+def read_state(folder):
+    """The `trainer_state.json` of a checkpoint of one of these scripts. `OSError` or `ValueError`: it is none."""
+    if Path(folder).suffix == ".unfinished":
+        raise ValueError("its writing was interrupted")
+    state = json.loads(Path(folder, "trainer_state.json").read_text())
+    if not isinstance(state, dict) or not {"script", "compared", "number"} <= state.keys():
+        raise ValueError("its trainer_state.json is of another program or version")
+    return state
 
 
 def checkpoints(output_dir):
-    """The checkpoints in a folder, by step; one whose writing was interrupted has another name."""
-    steps = {path: path.name.removeprefix("checkpoint-") for path in Path(output_dir).glob("checkpoint-*")}
-    return sorted((path for path, step in steps.items() if step.isdigit()), key=lambda path: int(steps[path]))
+    """The whole checkpoints of these scripts in a folder, and the state of each, in the order of their writing."""
+    states = {}
+    for folder in Path(output_dir).glob("checkpoint-*"):
+        with contextlib.suppress(OSError, ValueError):
+            states[folder] = read_state(folder)
+    return dict(sorted(states.items(), key=lambda item: item[1]["number"]))
 
 
 def last_checkpoint(output_dir):
     """Where to go on from, for a message."""
-    return f"Last checkpoint: {(checkpoints(output_dir) or ['none'])[-1]}"
+    return f"Last checkpoint: {[None, *checkpoints(output_dir)][-1] or 'none'}"
 
 
 @contextlib.contextmanager
@@ -1407,7 +1473,7 @@ def writing(folder, what):
         yield
     except (OSError, RuntimeError, SafetensorError) as error:  # PyTorch and safetensors report a full disk as theirs
         shutil.rmtree(folder, ignore_errors=True)
-        free = shutil.disk_usage(folder.parent).free / 2**30
+        free = free_space(folder.parent)
         fail(f"{what} could not be written ({error}); {free:.1f} GiB are free. {last_checkpoint(folder.parent)}")
 
 
@@ -1446,23 +1512,28 @@ def check_room(args, trained, step):
     number = args.max_train_steps // args.checkpointing_steps - step // args.checkpointing_steps
     if args.checkpoints_total_limit:  # one more while it is written
         number = min(number, max(1, args.checkpoints_total_limit + 1 - len(checkpoints(args.output_dir))))
-    needed, free = (number * size + 4 * trained) / 2**30, shutil.disk_usage(args.output_dir).free / 2**30
+    needed, free = (number * size + 4 * trained) / 2**30, free_space(args.output_dir)
     what = f"{number} checkpoints of {size / 2**30:.1f} GiB and the result, {needed:.1f} GiB, in {args.output_dir}"
     logger.info(f"{what}; {free:.1f} GiB are free. Caches: {args.cache_dir}")
     if needed > free:
         fail(f"no room for {what}: {free:.1f} GiB are free. See --checkpoints_total_limit")
 
 
-def save_checkpoint(accelerator, ema, trainer_state, output_dir, total_limit):
+def free_space(folder):
+    """In GiB; infinite on file systems that report none, such as those in front of object stores."""
+    usage = shutil.disk_usage(folder)
+    return usage.free / 2**30 if usage.total else math.inf
+
+
+def save_checkpoint(accelerator, ema, trainer_state, args):
     """
-    Write `OUTPUT_DIR/checkpoint-STEP` beside, rename it when all of it is on the disk, and only then prune older ones,
-    to `total_limit` where there is one.
+    Write `OUTPUT_DIR/checkpoint-STEP` beside, rename it when all of it is on the disk, and only then prune those that
+    were written first, to --checkpoints_total_limit where there is one.
     """
-    folder = Path(output_dir, f"checkpoint-{trainer_state['step']}")
+    folder = Path(args.output_dir, f"checkpoint-{trainer_state['step']}")
     unfinished = Path(f"{folder}.unfinished")
     if accelerator.is_main_process:
-        for leftover in Path(output_dir).glob("checkpoint-*.unfinished"):
-            shutil.rmtree(leftover)
+        remove_unfinished(folder.parent)
     accelerator.wait_for_everyone()
     with writing(unfinished, str(folder)):
         accelerator.save_state(unfinished)
@@ -1474,21 +1545,43 @@ def save_checkpoint(accelerator, ema, trainer_state, output_dir, total_limit):
             if ema is not None:
                 shadow = {i: t.cpu().contiguous() for i, t in shadow.items()}
                 save_file(shadow, unfinished / "ema.safetensors", {"step": str(ema.optimization_step)})
-            (unfinished / "trainer_state.json").write_text(json.dumps(trainer_state, indent=2))
-            for path in (*unfinished.rglob("*"), unfinished):
-                if path.is_file() or os.name == "posix":  # Windows opens no folder, and syncs nothing read-only
-                    descriptor = os.open(path, os.O_RDWR if path.is_file() else os.O_RDONLY)
-                    os.fsync(descriptor)
-                    os.close(descriptor)
+            number = 1 + max((state["number"] for state in checkpoints(args.output_dir).values()), default=0)
+            (unfinished / "trainer_state.json").write_text(json.dumps(trainer_state | {"number": number}, indent=2))
+            write_through(unfinished)
     if accelerator.is_main_process:
         if folder.exists():  # a resumed run comes by here again
             os.replace(folder, f"{folder}.replaced.unfinished")
         os.replace(unfinished, folder)
-        shutil.rmtree(f"{folder}.replaced.unfinished", ignore_errors=True)
-        for old in checkpoints(output_dir)[:-total_limit] if total_limit else ():
-            shutil.rmtree(old)
         logger.info(f"Saved {folder}")
+        pruned = (
+            [*checkpoints(args.output_dir)][: -args.checkpoints_total_limit] if args.checkpoints_total_limit else []
+        )
+        for old in pruned:  # a kill must not leave a part of it under its name
+            os.replace(old, f"{old}.unfinished")
+        remove_unfinished(folder.parent)
     accelerator.wait_for_everyone()
+
+
+def remove_unfinished(output_dir):
+    """Remove what is no checkpoint yet, or no longer."""
+    for folder in Path(output_dir).glob("checkpoint-*.unfinished"):
+        with optional(f"Removing {folder}"):  # NFS may hold a file of it a little longer
+            shutil.rmtree(folder)
+
+
+def write_through(folder):
+    """Have all files of a folder on the disk, and the folders where their file system can say so."""
+    for path in (*folder.rglob("*"), folder):
+        if path.is_file() or os.name == "posix":  # Windows opens no folder, and syncs nothing read-only
+            descriptor = os.open(path, os.O_RDWR if path.is_file() else os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            except OSError as error:  # CIFS, sshfs and VirtualBox do not sync folders
+                if path.is_file():
+                    raise
+                logger.warning_once(f"The file system of {folder.parent} does not sync folders: {error}")
+            finally:
+                os.close(descriptor)
 
 
 def load_ema(ema, checkpoint):
@@ -1607,6 +1700,15 @@ def save_result(args, accelerator, transformer):
         logger.info(f"Saved the result in {output}")
 
 
+def make_repository(args):
+    """The full name of the hub's repository for the result, made where it is not there and may be written to."""
+    api, name = huggingface_hub.HfApi(), args.hub_model_id or Path(args.output_dir).resolve().name
+    what = f"--push_to_hub {name}: no such repository can be made, or written to"
+    repo = ask_hub(what, api.create_repo, name, exist_ok=True, private=args.hub_private or None).repo_id
+    ask_hub(what, api.auth_check, repo, write=True)
+    return repo
+
+
 def publish(args, images, changes):
     """Write the model card, with what [`log_validation`] and [`check_resume`] found; upload all where asked to."""
     output, rows, usage = Path(args.output_dir), [], USAGE
@@ -1654,9 +1756,8 @@ def publish(args, images, changes):
         api = huggingface_hub.HfApi()
         parts = ["README.md", "training_args.json", "samples/*", "transformer/*", "pytorch_lora_weights.safetensors"]
         what = f"--push_to_hub {title}: the result is safe in {output}, but not uploaded"
-        repo = ask_hub(what, api.create_repo, title, exist_ok=True, private=args.hub_private or None).repo_id
         upload = {"folder_path": output, "allow_patterns": parts, "commit_message": "End of training"}
-        ask_hub(what, lambda repo: api.upload_folder(repo_id=repo, **upload), repo)
+        ask_hub(what, lambda repo: api.upload_folder(repo_id=repo, **upload), title)
 
 
 def run(args):
@@ -1673,6 +1774,9 @@ def run(args):
         flags += "--full_bf16 (all weights) or --bnb_quantization_config_path (LoRA), --offload"
         fail(f"out of memory ({str(error)[:200]}). Try, in this order, {flags}. {last_checkpoint(args.output_dir)}")
     finally:
+        for worker in multiprocessing.active_children():
+            if worker.daemon:  # a data loader's, which ignores the signal that it would be ended with
+                worker.kill()
         output_lock.close()
 
 

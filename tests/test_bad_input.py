@@ -172,6 +172,9 @@ def test_exactly_one_data_source(script, sources, capsys):
         (["--optimizer", "prodigy", "--use_8bit_adam"], ["--use_8bit_adam", "prodigy"]),
         (["--full_bf16", "--use_8bit_adam"], ["--full_bf16", "--use_8bit_adam", "give one of them"]),
         (["--full_bf16", "--optimizer", "prodigy"], ["--full_bf16", "--optimizer prodigy", "give one of them"]),
+        (["--hub_token", "hf_x", "--report_to", "wandb"], ["--hub_token", "hf auth login"]),
+        (["--hub_token", "hf_x", "--report_to", "all"], ["--hub_token", "hf auth login"]),
+        (["--num_sampling_steps", "1001"], ["--num_sampling_steps", "1000"]),
         (["--report_to", "notes"], ["--report_to", "'notes'", "'tensorboard'"]),
         (["--report_to", "trackio"], ["--report_to trackio", "pip install trackio"]),
         (["--max_train_step", "5"], ["--max_train_step"]),
@@ -669,14 +672,3 @@ def test_damaged_checkpoint(missing, run, refuse, tmp_path):
     shutil.rmtree(part) if part.is_dir() else part.unlink()
     message = refuse(SFT, "--use_ema", "--resume_from_checkpoint", "latest", after_loading=True)
     assert "checkpoint-1" in message.split(":")[1], message
-
-
-# The run
-
-
-def test_upload_that_fails_leaves_the_result(run, tmp_path, monkeypatch, caplog):
-    """A warning, after the result was written."""
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    run(LORA, "--push_to_hub", "--hub_model_id", "someone/something")
-    assert "--push_to_hub someone/something: the result is safe in" in caplog.text
-    assert (tmp_path / "out" / "pytorch_lora_weights.safetensors").exists()

@@ -3,6 +3,7 @@
 
 import ast
 import importlib
+import itertools
 import json
 import logging
 import math
@@ -12,6 +13,7 @@ import huggingface_hub
 import numpy as np
 import pytest
 import torch
+import torchao.optim
 from accelerate import PartialState
 from diffusers import AutoencoderKL, SD3Transformer2DModel, StableDiffusion3Pipeline
 from diffusers.models.attention import JointTransformerBlock
@@ -794,6 +796,24 @@ def test_full_bf16_is_alike_on_all_processes(pipeline, photos, tmp_path, uncompi
     assert all(torch.equal(one[name], two[name]) for name in one)
 
 
+def test_full_bf16_rounds_anew_at_every_step(run, uncompiled, monkeypatch, tmp_path):
+    """With numbers that depend on the seed and the step alone."""
+    drawn, step = [], torchao.optim.AdamW8bit.step
+
+    def see(self, *inputs, **more):
+        drawn.append(torch.get_rng_state().numpy().tobytes())
+        return step(self, *inputs, **more)
+
+    monkeypatch.setattr(torchao.optim.AdamW8bit, "step", see)
+    out = run(SFT, *BF16, "--max_train_steps", 3, "--checkpointing_steps", 1)
+    first, second, third = drawn
+    assert len({*drawn}) == 3
+    run(SFT, *BF16, "--max_train_steps", 3, "--resume_from_checkpoint", out / "checkpoint-1", "--output_dir", tmp_path)
+    assert drawn[3:] == [second, third]
+    run(SFT, *BF16, "--max_train_steps", 1, "--seed", 1, "--output_dir", tmp_path / "other")
+    assert drawn[5] != first
+
+
 def test_full_bf16_average_is_float32(run, uncompiled, monkeypatch):
     """A bf16 average would not take steps of 1e-4 of a difference."""
     averages = seen(monkeypatch, EMAModel, "to")
@@ -811,6 +831,45 @@ def test_ema(run, tmp_path):
         for name, tensor in weights(folder).items():
             torch.testing.assert_close(tensor, decay * one[name] + (1 - decay) * two[name], rtol=0, atol=1e-6)
     assert not equal(out, out / "checkpoint-2")
+
+
+def test_validation_sees_the_average_and_training_does_not(run, monkeypatch, tmp_path):
+    """In the middle of a run, too; the weights that are trained are those of a run without validation or average."""
+    module, sampled = importlib.import_module(SFT), []
+    validate = module.log_validation
+
+    def see(args, accelerator, transformer, *inputs):
+        state = accelerator.unwrap_model(transformer).state_dict()
+        sampled.append({name: tensor.clone() for name, tensor in state.items()})
+        return validate(args, accelerator, transformer, *inputs)
+
+    monkeypatch.setattr(module, "log_validation", see)
+    arguments = (SFT, "--max_train_steps", 3, "--checkpointing_steps", 1)
+    validation = ("--validation_prompt", "a cat", "--validation_steps", 2)
+    out = run(*arguments, "--use_ema", *validation)
+    one, two = (weights(out / f"checkpoint-{step}") for step in (1, 2))
+    for name, tensor in one.items():
+        average = 2 / 11 * tensor + 9 / 11 * two[name]
+        torch.testing.assert_close(sampled[0][name], average, rtol=0, atol=1e-6)
+    plain = run(*arguments, "--output_dir", tmp_path / "plain")
+    assert equal(out / "checkpoint-3", plain / "checkpoint-3") and not equal(out, plain)
+
+
+def test_skipped_steps_are_not_averaged(run, monkeypatch):
+    module, number = importlib.import_module(SFT), itertools.count(1)
+    losses = module.training_losses
+
+    def poisoned(*inputs):
+        factor = math.nan if next(number) in (2, 3) else 1
+        for loss, shares in losses(*inputs):
+            yield loss * factor, shares
+
+    monkeypatch.setattr(module, "training_losses", poisoned)
+    arguments = ("--max_train_steps", 4, "--checkpointing_steps", 1, "--max_skipped_steps", 2)
+    out = run(SFT, *arguments, "--use_ema")
+    one, four = (weights(out / f"checkpoint-{step}") for step in (1, 4))
+    for name, tensor in weights(out).items():
+        torch.testing.assert_close(tensor, 2 / 11 * one[name] + 9 / 11 * four[name], rtol=0, atol=1e-6)
 
 
 @covers("--offload_ema")

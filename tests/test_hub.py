@@ -241,3 +241,39 @@ def test_what_is_uploaded(script, hub, clients, pipeline, tmp_path):
     ended, shown = clients(("exec", code), HF_TOKEN="hf_known")
     assert ended == [""] and (tmp_path / "drawn.png").exists(), shown[-2000:]
     assert any(f"me/mine-{script}" in path for _, path in hub.requests)
+
+
+def test_where_nothing_may_be_uploaded(hub, clients, pipeline, tmp_path):
+    """Without a login, without rights or with an impossible name: one line, before anything is trained."""
+    hub.add("someone/open", pipeline)
+    hub.add("someone/else", tmp_path)
+    hub.readable.add("someone/else")
+    push = ("train_sd3_sft", "someone/open", "--push_to_hub")
+    commands = [
+        (*push, "--hub_model_id", "mine"),
+        (*push, "--hub_model_id", "someone/else", "--hub_token", "hf_known"),
+        (*push, "--output_dir", tmp_path / "two words", "--hub_token", "hf_known"),
+    ]
+    ended, shown = clients(*commands, HF_TOKEN="")
+    assert "Training" not in shown and not list(tmp_path.glob("*/transformer"))
+    for line, name in zip(ended, ("mine", "someone/else", "two words"), strict=True):
+        assert line.startswith(f"error: --push_to_hub {name}: ") and "\n" not in line and len(line) < 800
+
+
+def test_a_hub_that_asks_to_wait(hub, clients, pipeline):
+    """429, when the repository is made and when the result is committed: tried again."""
+    hub.add("someone/open", pipeline)
+    hub.failures = {"/api/repos/create": [429], "/commit/main": [429]}
+    flags = ("--push_to_hub", "--hub_model_id", "patient", "--hub_token", "hf_known")
+    ended, shown = clients(("train_sd3_sft", "someone/open", *flags))
+    assert ended == [""] and not any(hub.failures.values()) and "trying again" in shown
+    assert (hub.root / "me" / "patient" / "transformer" / "config.json").exists()
+
+
+def test_an_upload_that_fails_leaves_the_result(hub, clients, pipeline, tmp_path):
+    """A warning, after the result was written."""
+    hub.add("someone/open", pipeline)
+    hub.failures = {"/commit/main": [500] * 4}
+    ended, shown = clients(("train_sd3_soar_lora", "someone/open", "--push_to_hub", "--hub_token", "hf_known"))
+    assert ended == [""] and not any(hub.failures.values()) and "the result is safe in" in shown
+    assert (tmp_path / "out0" / "pytorch_lora_weights.safetensors").exists()
