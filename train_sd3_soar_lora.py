@@ -443,6 +443,8 @@ def main(args):
     validating = args.validation_prompt and args.num_validation_images > 0
     save = functools.partial(save_checkpoint, accelerator, ema, trainer_state, args)
     signals = collect_stop_signals()
+    if args.dataloader_num_workers and hasattr(signal, "SIGCHLD"):
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's would raise in any line; `next` sees a dead worker
     progress = tqdm(desc="Training", total=args.max_train_steps, initial=global_step, unit="step", disable=hidden)
     limit_waits(minutes=30)
     batch, whole = None, True  # whether the weights are those after `global_step` steps
@@ -533,7 +535,8 @@ def main(args):
             with optional("A checkpoint of the last whole step"):
                 save()
         raise
-    progress.close()
+    finally:
+        progress.close()
     on_stop_signals(signal.SIG_DFL)
     limit_waits(hours=12)  # for the upload of the result
 
@@ -1509,11 +1512,12 @@ def check_folders(accelerator, args):
         with failing_with(f"--{flag} {folder} cannot be written"):
             os.makedirs(folder, exist_ok=True)
             path = written.enter_context(tempfile.NamedTemporaryFile(dir=folder)).name
-        whole = f"{path}.folder"
-        with failing_with(f"--{flag} {folder}: its file system cannot rename a folder with files; choose a local one"):
-            os.makedirs(f"{whole}.unfinished/part")
-            os.replace(f"{whole}.unfinished", whole)  # as whole checkpoints are made
-        shutil.rmtree(whole, ignore_errors=True)
+        with (
+            failing_with(f"--{flag} {folder}: its file system cannot rename a folder of files; choose a local one"),
+            tempfile.TemporaryDirectory(dir=folder) as probe,
+        ):
+            os.makedirs(f"{probe}/checkpoint.unfinished/part")
+            os.replace(f"{probe}/checkpoint.unfinished", f"{probe}/checkpoint")
         return path
 
     for flag, folder in (("output_dir", args.output_dir), ("cache_dir", args.cache_dir)):

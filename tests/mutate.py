@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-Plant errors, one at a time, in a copy of the repository, and see whether the tests that should notice do.
+Plant errors, one at a time, in a copy of the repository, and see whether the tests that should notice do. Before, all
+of these tests must pass as they are.
 
     python tests/mutate.py                 # all of them, two at a time
     python tests/mutate.py --only renoise  # those whose file or line has the word
@@ -9,6 +10,7 @@ Ends with the errors that lived; the exit code is their number. `tests/README.md
 """
 
 import argparse
+import itertools
 import shutil
 import subprocess
 import sys
@@ -177,17 +179,18 @@ MUTATIONS = [
 ]
 
 
-def lives(mutation):
-    """Whether the tests pass with an error planted, in a copy of its own."""
-    file, old, new, tests = mutation
+def passes(tests, mutation=None):
+    """Whether the tests pass in a copy of the repository, with an error planted where there is one."""
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder, "repository")
         ignored = shutil.ignore_patterns(".git", ".venv*", "outputs", "__pycache__", ".pytest_cache", ".ruff_cache")
         shutil.copytree(ROOT, copy, ignore=ignored)
-        text = (copy / file).read_text()
-        if text.count(old) != 1:
-            raise SystemExit(f"error: {file} has {text.count(old)} times: {old!r}")
-        (copy / file).write_text(text.replace(old, new))
+        if mutation is not None:
+            file, old, new, _ = mutation
+            text = (copy / file).read_text()
+            if text.count(old) != 1:
+                raise SystemExit(f"error: {file} has {text.count(old)} times: {old!r}")
+            (copy / file).write_text(text.replace(old, new))
         name, _, words = tests.partition(" -k ")
         command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", f"tests/{name}"]
         command += ["-k", words.strip("'")] if words else []
@@ -203,9 +206,16 @@ def main():
     parser.add_argument("--workers", type=int, default=2)
     args = parser.parse_args()
     chosen = [mutation for mutation in MUTATIONS if args.only in " ".join(mutation)]
+    selections = [*dict.fromkeys(tests for *_, tests in chosen)]
     with ThreadPoolExecutor(args.workers) as pool:
-        found = list(tqdm(pool.map(lives, chosen), "Planting", len(chosen), unit="error"))
-    alive = [mutation for mutation, lived in zip(chosen, found, strict=True) if lived]
+        # A test that fails anyway notices nothing.
+        sound = list(tqdm(pool.map(passes, selections), "Without an error", len(selections), unit="selection"))
+        if not all(sound):
+            failing = [tests for tests, passed in zip(selections, sound, strict=True) if not passed]
+            raise SystemExit(f"error: these fail without any error planted: {'; '.join(failing)}")
+        planted = pool.map(lambda mutation: passes(mutation[-1], mutation), chosen)
+        lived = list(tqdm(planted, "Planting", len(chosen), unit="error"))
+    alive = list(itertools.compress(chosen, lived))
     for file, old, new, tests in alive:
         print(f"lived: {file}: {old!r} -> {new!r} ({tests})")
     print(f"{len(chosen) - len(alive)} of {len(chosen)} planted errors were noticed")

@@ -578,6 +578,8 @@ def test_skipped_steps_of_fp16(run, monkeypatch, caplog):
     def scaled(args):
         accelerator = make(args)
         accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+        accelerator.native_amp = True
+        accelerator.state._mixed_precision = "fp16"
         return accelerator
 
     def poisoned(*inputs):
@@ -623,7 +625,7 @@ def test_data_that_fails_costs_no_step(fault, workers, arguments, run, photos, t
     finish(process, log, code=1)
     text = log.read_text()
     last = text.strip().splitlines()[-1]
-    assert time.monotonic() - began < 30 and "Traceback" not in text
+    assert time.monotonic() - began < 100 and "Traceback" not in text, text[-3000:]
     assert ("rocket.png" if fault == "image" else "DataLoader worker") in last
     (checkpoint,) = out.glob("checkpoint-*")
     assert str(checkpoint) in last
@@ -701,9 +703,10 @@ def children(pid):
     return [int(c) for t in Path(f"/proc/{pid}/task").iterdir() for c in (t / "children").read_text().split()]
 
 
-def test_a_process_that_dies_takes_the_others_along(arguments, tmp_path):
+def test_a_process_that_dies_takes_the_others_along(arguments, tmp_path, request):
     log = tmp_path / "log"
     launcher = torchrun([*arguments, "--max_train_steps", 100_000], log)
+    request.addfinalizer(launcher.kill)
     deadline = time.monotonic() + 120
     while " 2/100000 [" not in log.read_text():
         assert launcher.poll() is None and time.monotonic() < deadline, log.read_text()[-3000:]
@@ -724,7 +727,7 @@ SCONTROL = """#!/bin/bash
 """
 
 
-def test_slurm_queues_an_interrupted_job_again(arguments, tmp_path):
+def test_slurm_queues_an_interrupted_job_again(arguments, tmp_path, request):
     """The job's script with two processes, and stand-ins for Slurm's commands; a signal to each, as Slurm sends."""
     tools = tmp_path / "tools"
     tools.mkdir()
@@ -741,9 +744,9 @@ def test_slurm_queues_an_interrupted_job_again(arguments, tmp_path):
     command = ["bash", script, ROOT / "train_sd3_soar.py", *arguments, "--max_train_steps", 100_000]
     log = tmp_path / "log"
     with open(log, "w") as output:
-        job = subprocess.Popen(
-            [*map(str, command)], stdout=output, stderr=subprocess.STDOUT, env=environment, cwd=tmp_path
-        )
+        options = {"env": environment, "cwd": tmp_path, "start_new_session": True}
+        job = subprocess.Popen([*map(str, command)], stdout=output, stderr=subprocess.STDOUT, **options)
+    request.addfinalizer(lambda: subprocess.run(["pkill", "-KILL", "-s", str(job.pid)]))  # of a test that fails
     deadline = time.monotonic() + 120
     while " 2/100000 [" not in log.read_text():
         assert job.poll() is None and time.monotonic() < deadline, log.read_text()[-3000:]
