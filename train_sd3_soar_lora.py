@@ -1267,10 +1267,12 @@ class TrainingImages(Dataset):
 
 
 def collate(samples):
-    """Stack the tensors of a batch of one image size; keep everything else as lists."""
+    """
+    Stack the tensors of a batch of one image size, as arrays of bytes; keep everything else as lists. Workers send
+    tensors through shared memory, of which a container may have next to none, but arrays through pipes.
+    """
     batch = {key: [sample[key] for sample in samples] for key in samples[0]}
-    batch["drop"] = torch.tensor(batch["drop"])
-    return {k: torch.stack(v) if isinstance(v, list) and torch.is_tensor(v[0]) else v for k, v in batch.items()}
+    return {k: torch.stack(v).view(torch.uint8).numpy() if torch.is_tensor(v[0]) else v for k, v in batch.items()}
 
 
 def make_dataloader(args, accelerator, train_dataset, first_step):
@@ -1284,7 +1286,6 @@ def make_dataloader(args, accelerator, train_dataset, first_step):
         batch_sampler=sampler,
         collate_fn=collate,
         num_workers=args.dataloader_num_workers,
-        pin_memory=accelerator.device.type == "cuda",
         # They leave signals to their process, which still needs them for the step that it finishes.
         worker_init_fn=functools.partial(on_stop_signals, signal.SIG_IGN),
     )
@@ -1364,15 +1365,15 @@ def prepare_batch(batch, null_embeds, vae, text_encoders, max_sequence_length, d
     batch["generators"] = [torch.Generator().manual_seed(seed) for seed in batch["seed"]]
     torch.manual_seed(batch["seed"][0])  # LoRA dropout: a function of the position in the run, like all else
     if "moments" in batch:
-        moments = batch["moments"].to(device, non_blocking=True)
+        moments = torch.as_tensor(batch["moments"]).view(torch.float32).to(device, non_blocking=True)
     else:
-        moments = encode_images(vae, batch["pixels"], device)
+        moments = encode_images(vae, torch.as_tensor(batch["pixels"]), device)
     batch["latents"] = encode_latents(vae, moments, batch["generators"])
     if text_encoders is not None:
         batch.update(encode_prompts(text_encoders, batch["caption"], max_sequence_length, device))
-    drop = batch["drop"].to(device, non_blocking=True)
+    drop = torch.as_tensor(batch["drop"]).to(device, non_blocking=True)
     for name in ("prompt_embeds", "pooled_prompt_embeds"):
-        embed = batch[name].to(device, non_blocking=True)
+        embed = torch.as_tensor(batch[name]).view(null_embeds[name].dtype).to(device, non_blocking=True)
         batch[f"null_{name}"] = null_embeds[name].expand_as(embed)
         batch[name] = torch.where(drop.view(-1, *[1] * (embed.ndim - 1)), batch[f"null_{name}"], embed)
     return batch

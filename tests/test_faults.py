@@ -648,6 +648,23 @@ def test_data_that_fails_on_one_of_two_processes(arguments, photos, tmp_path):
     assert "Traceback" not in log.read_text() and len(list((tmp_path / "out").glob("checkpoint-*"))) == 1
 
 
+def test_workers_need_no_shared_memory(arguments, run, tmp_path):
+    """A container has 64 MB of it: PyTorch's workers would lose what does not fit, and the run wait for it."""
+
+    def none(*_):
+        raise RuntimeError("unable to allocate shared memory")
+
+    def setup():
+        torch.UntypedStorage._share_fd_cpu_ = torch.UntypedStorage._share_filename_cpu_ = none
+
+    log, plain = tmp_path / "log", tmp_path / "plain"
+    finish(
+        start("train_sd3_soar", [*arguments, "--dataloader_num_workers", 2, "--max_train_steps", 2], log, setup=setup),
+        log,
+    )
+    assert equal(run("train_sd3_soar", *arguments[:4], *arguments[6:], "--output_dir", plain), tmp_path / "out")
+
+
 @pytest.mark.parametrize("within", ["loss", "update"])
 def test_an_error_of_the_step(within, run, monkeypatch, tmp_path):
     """It ends the run as it is; before an update of the weights, the last whole step is kept."""
