@@ -6,15 +6,18 @@ import contextlib
 import functools
 import json
 import math
+import os
 import re
 import shlex
 import shutil
+import signal
 import sys
 from types import SimpleNamespace
 
+import accelerate
 import pytest
 import torch
-from harness import ROOT, equal, finish, reset_accelerate, shard, start_two, weights
+from harness import ROOT, equal, finish, finish_all, reset_accelerate, scalars, shard, start_two, weights
 from PIL import Image
 
 import soar_utils
@@ -196,8 +199,8 @@ def one_update(step, advantages, predict, sigmas, **flags):
     pictures = [({}, (0, 0, i)) for i in range(len(advantages))]
     part = SimpleNamespace(pictures=pictures, batches=[[*range(len(pictures))]], records=[[step]], equal=True)
     part.advantages = advantages
-    contexts = contextlib.nullcontext
-    return list(grpo.policy_losses(args, predict, None, contexts, part, sigmas, contexts))
+    accelerate.PartialState()  # the script's log asks for it
+    return list(grpo.policy_losses(args, predict, None, contextlib.nullcontext, part, sigmas))
 
 
 @pytest.mark.parametrize("index", range(3))
@@ -447,17 +450,145 @@ def test_torch_compile(train, compiled, tmp_path):
     assert len(compiled) == 3 * 2 + 3 and not torch._dynamo.utils.counters["graph_break"]
 
 
+def on_two(one, method, setup=lambda: None, code=0):
+    """The run that this process has just done in the folder `one`, once more on two: its folder, and its output."""
+    two, log = one.with_name("two"), one.with_name("two.log")
+    arguments = [word.replace(str(one), str(two)) for word in sys.argv[1:]]
+    finish_all(start_two(method.__name__, arguments, log, setup), log, code)
+    return two, log.read_text()
+
+
+def assert_same_run(one, two):
+    """The same weights, up to the order of float32 sums, and the same values of all processes in the log."""
+    expected, found = weights(one), weights(two)
+    for name, tensor in expected.items():
+        torch.testing.assert_close(tensor, found[name], rtol=0, atol=1e-5)
+    for name in "policy_loss kl grad_norm below_epsilon reward reward_std equal_groups old_decay".split():
+        expected, found = scalars(one, name), scalars(two, name)
+        assert found == pytest.approx(expected, rel=1e-3, abs=1e-3) and (found or name == "kl"), name
+
+
 @pytest.mark.parametrize(("method", "flags"), [(nft, NFT), (grpo, [])])
 def test_two_processes_train_what_one_trains(method, flags, train, tmp_path, pipeline):
     """Up to the order of float32 sums: each has its share of the groups, and of every update."""
-    flags = [*flags, "--num_updates", 2, "--max_train_steps", 2, "--adam_epsilon", 1e-3]
+    flags = [*flags, "--num_updates", 2, "--adam_epsilon", 1e-3, "--report_to", "tensorboard"]
     one = train(*flags, "--output_dir", tmp_path / "one", method=method)
-    arguments = [word.replace(str(tmp_path / "one"), str(tmp_path / "two")) for word in sys.argv[1:]]
-    for process in start_two(method.__name__, arguments, tmp_path / "two.log"):
-        finish(process, tmp_path / "two.log")
-    two = weights(tmp_path / "two")
-    for name, tensor in weights(one).items():
-        torch.testing.assert_close(tensor, two[name], rtol=0, atol=1e-5)
+    assert_same_run(one, on_two(one, method)[0])
+
+
+@pytest.mark.parametrize("method", [nft, grpo])
+@pytest.mark.parametrize(("reward", "dog_on"), [("redness", 0), ("of_the_dog", 0), ("of_the_dog", 1), ("constant", 0)])
+def test_a_process_without_terms_is_not_waited_for(reward, dog_on, method, train, tmp_path):
+    """Without a weight of the distance, equal groups give a process nothing to train: on none, on one, on both."""
+    (tmp_path / "two_prompts.txt").write_text("a red square\na dog\n")
+    seeds = (seed for seed in range(20) if nft.groups_of(SimpleNamespace(seed=seed, num_groups=2), 2, 0)[dog_on][1])
+    flags = ["--prompts", tmp_path / "two_prompts.txt", "--reward", f"test_rl:{reward}=1", "--seed", next(seeds)]
+    flags += ["--adam_epsilon", 1e-3, "--report_to", "tensorboard", *([] if method is nft else ["--kl_weight", 0])]
+    one = train(*flags, "--output_dir", tmp_path / "one", method=method)
+    assert_same_run(one, on_two(one, method)[0])
+
+
+def fail_on_one(step):
+    """As a `setup` of two processes: the second has no reward, or no memory, or a number that is not finite."""
+    if os.environ["RANK"] == "1":
+        losses = grpo.policy_losses
+
+        def out_of_memory(*inputs):
+            raise torch.OutOfMemoryError("a card is full")
+
+        def not_finite(*inputs):
+            for loss, shares in losses(*inputs):
+                yield loss, shares | {"ratio_error": loss.detach() + math.inf}
+
+        def full_at_the_second_term(*inputs):
+            yield next(losses(*inputs))
+            out_of_memory()
+
+        module = sys.modules[__name__]
+        {
+            "rewards are loaded": lambda: delattr(module, "redness"),
+            "pictures are drawn": lambda: setattr(grpo, "decode", out_of_memory),
+            "pictures are scored": lambda: setattr(module, "redness", raising),
+            "gradients are computed": lambda: setattr(grpo, "policy_losses", full_at_the_second_term),
+            "numbers are checked": lambda: setattr(grpo, "policy_losses", not_finite),
+        }[step]()
+
+
+@pytest.mark.parametrize(
+    ("step", "message"),
+    [
+        ("rewards are loaded", "--reward test_rl:redness: module 'test_rl' has no attribute 'redness'"),
+        ("pictures are drawn", "a card is full"),
+        ("pictures are scored", "--reward test_rl:redness: the reader is broken"),
+        ("gradients are computed", "a card is full"),
+        ("numbers are checked", "step 1: not finite"),
+    ],
+)
+def test_what_fails_on_one_process_ends_both(step, message, train, tmp_path):
+    """With one line each, of which both say why; neither waits for the other, and the step is not taken."""
+    one = train("--max_train_steps", 1, "--output_dir", tmp_path / "one", method=grpo)
+    two, text = on_two(one, grpo, functools.partial(fail_on_one, step), code=1)
+    errors = re.findall("error: .*", text)
+    assert len(errors) == 2 and all(message in error for error in errors), errors
+    assert "Traceback" not in text and not (two / "pytorch_lora_weights.safetensors").exists()
+
+
+def stop_one():
+    """As a `setup` of two processes: the second is told to stop while its first pictures are scored."""
+    score = nft.score
+
+    def score_and_stop(*inputs):
+        if os.environ["RANK"] == "1":
+            nft.score = score
+            os.kill(os.getpid(), signal.SIGUSR1)
+        return score(*inputs)
+
+    nft.score = score_and_stop
+
+
+def test_a_signal_to_one_process_stops_both(train, tmp_path):
+    """After the step, with a checkpoint, from which both go on to the same end."""
+    flags = "--adam_epsilon 1e-3 --report_to tensorboard --resume_from_checkpoint latest".split()
+    one = train(*flags, "--output_dir", tmp_path / "one")
+    two, _ = on_two(one, nft, stop_one, code=script.EXIT_INTERRUPTED)
+    assert [path.name for path in two.glob("checkpoint-*")] == ["checkpoint-1"]
+    on_two(one, nft)
+    assert_same_run(one, two)
+
+
+@pytest.mark.parametrize("method", [nft, grpo])
+def test_fp16s_scaler(method, train, logged, monkeypatch, tmp_path):
+    """An update without terms has nothing to unscale; one whose scaled gradient overflows is left to the scaler."""
+    make = script.make_accelerator
+
+    def make_with_scaler(args):
+        accelerator = make(args)
+        accelerator.state._mixed_precision, accelerator.native_amp = "fp16", True  # which is refused on a CPU
+        accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**100, backoff_factor=2.0**-90)
+        return accelerator
+
+    monkeypatch.setattr(script, "make_accelerator", make_with_scaler)
+    flags = "--reward test_rl:of_the_dog=1 --num_groups 1 --max_train_steps 6 --checkpointing_steps 1".split()
+    out = train(*flags, *(["--old_start", 9] if method is nft else GRPO), method=method)
+    norms = [log["grad_norm"] for log in logged]
+    first, second = (step for step, norm in enumerate(norms, 1) if norm != 0)  # one prompt of three, twice
+    assert not math.isfinite(norms[first - 1]) and math.isfinite(norms[second - 1])
+    assert equal(out / f"checkpoint-{first}", out / f"checkpoint-{second - 1}")
+    assert not equal(out / f"checkpoint-{second - 1}", out / f"checkpoint-{second}")
+
+
+def test_deepspeed_is_refused(train, monkeypatch):
+    """It takes its steps within `backward`, for which processes would wait, and hides the float32 weights."""
+    make = script.make_accelerator
+
+    def make_with_deepspeed(args):
+        accelerator = make(args)
+        monkeypatch.setattr(type(accelerator.state), "deepspeed_plugin", SimpleNamespace())
+        return accelerator
+
+    monkeypatch.setattr(script, "make_accelerator", make_with_deepspeed)
+    with pytest.raises(SystemExit, match="not tried with FSDP2 and DeepSpeed"):
+        train()
 
 
 def test_sharded_weights_are_refused(pipeline, tmp_path):
