@@ -239,7 +239,7 @@ def finish(process, log, code=0):
     assert process.exitcode == code, f"exit code {process.exitcode}:\n{Path(log).read_text()[-3000:]}"
 
 
-def finish_all(processes, log, code=0, seconds=60):
+def finish_all(processes, log, code=0, seconds=120):
     """[`finish`] for the processes of one run; those that still wait for each other after `seconds` are killed."""
     end = time.monotonic() + seconds
     for process in processes:
