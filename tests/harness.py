@@ -239,6 +239,18 @@ def finish(process, log, code=0):
     assert process.exitcode == code, f"exit code {process.exitcode}:\n{Path(log).read_text()[-3000:]}"
 
 
+def finish_all(processes, log, code=0, seconds=120):
+    """[`finish`] for the processes of one run; those that still wait for each other after `seconds` are killed."""
+    end = time.monotonic() + seconds
+    for process in processes:
+        process.join(max(0, end - time.monotonic()))
+    codes = [process.exitcode for process in processes]
+    for process in processes:
+        process.kill()
+        process.join()
+    assert codes == [code] * len(processes), f"exit codes {codes}:\n{Path(log).read_text()[-3000:]}"
+
+
 @dataclass
 class Outcome:
     kills: int = 0

@@ -38,6 +38,7 @@ import torch
 from diffusers import AutoencoderKL, training_utils
 from PIL import Image, ImageDraw
 from safetensors.torch import load
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from tqdm.auto import tqdm
 
 
@@ -241,7 +242,7 @@ def sample(args, predict, normal, names, sigmas):
     return latents, record
 
 
-def policy_losses(args, predict, normal, weights_of, part, sigmas, sync):
+def policy_losses(args, predict, normal, weights_of, part, sigmas):
     """
     The loss of an update, in terms that each fill one forward. The caller runs `backward` on a term before it asks for
     the next: one graph is alive at a time.
@@ -254,7 +255,6 @@ def policy_losses(args, predict, normal, weights_of, part, sigmas, sync):
         part (`types.SimpleNamespace`): `pictures`, `list[tuple[dict, tuple]]`, each one's row and name; `batches`, as
             they were drawn, lists of their numbers; `records` of each batch; `advantages` `(N,)` of all pictures;
             `equal`, whether the trained policy is still the one that drew.
-        sync (callable): `sync(last)` is the context of a forward and its backward; `last` is true at the last of them.
 
     Yields:
         `tuple[torch.Tensor, dict[str, torch.Tensor]]`: a term, and its share of the values to log, detached.
@@ -273,21 +273,20 @@ def policy_losses(args, predict, normal, weights_of, part, sigmas, sync):
         with torch.no_grad(), weights_of("start"):
             starts = [mean_and_std(of, k, states)[0].cpu() for of, k, states, *_ in terms]
     for number, (of, k, states, following, old_log_probs) in enumerate(terms):
-        with sync(number + 1 == len(terms)):
-            mean, std = mean_and_std(of, k, states)
-            log_probs = log_probabilities(args.sde_type, mean, std, following.to(mean.device))
-            inputs = old_log_probs.to(mean.device), part.advantages[of].float().to(mean.device), args.clip_range
-            losses, ratio = clipped_losses(log_probs, *inputs)
-            loss = losses.sum() / count
-            shares = {"policy_loss": loss.detach(), "ratio_error": (ratio - 1).abs().detach().sum() / count}
-            shares["clipped"] = ((ratio - 1).abs() > args.clip_range).float().sum() / count
-            off.append((ratio - 1).abs().detach().max())
-            if args.kl_weight:
-                coefficient = std / (sigmas[k] - sigmas[k + 1]).sqrt()
-                distance = (mean - starts[number].to(mean.device)).square().flatten(1).mean(dim=1)
-                kl = (distance / (2 * coefficient**2)).sum() / count
-                loss, shares["kl"] = loss + args.kl_weight * kl, kl.detach()
-            yield loss, shares
+        mean, std = mean_and_std(of, k, states)
+        log_probs = log_probabilities(args.sde_type, mean, std, following.to(mean.device))
+        inputs = old_log_probs.to(mean.device), part.advantages[of].float().to(mean.device), args.clip_range
+        losses, ratio = clipped_losses(log_probs, *inputs)
+        loss = losses.sum() / count
+        shares = {"policy_loss": loss.detach(), "ratio_error": (ratio - 1).abs().detach().sum() / count}
+        shares["clipped"] = ((ratio - 1).abs() > args.clip_range).float().sum() / count
+        off.append((ratio - 1).abs().detach().max())
+        if args.kl_weight:
+            coefficient = std / (sigmas[k] - sigmas[k + 1]).sqrt()
+            distance = (mean - starts[number].to(mean.device)).square().flatten(1).mean(dim=1)
+            kl = (distance / (2 * coefficient**2)).sum() / count
+            loss, shares["kl"] = loss + args.kl_weight * kl, kl.detach()
+        yield loss, shares
     if part.equal and off and (largest := float(torch.stack(off).max())) > args.clip_range:
         script.logger.warning(
             f"Before its first update the policy's ratio is up to {largest:.1e} off 1, more than --clip_range "
@@ -301,8 +300,8 @@ def main(args):
     if args.hub_token:  # there every library finds it, and nothing that is written does
         os.environ["HF_TOKEN"], args.hub_token = args.hub_token, None
     accelerator = script.make_accelerator(args)
-    if accelerator.is_fsdp2:
-        script.fail("the LoRA is switched on and off within a step, which FSDP2 was not tried with; use ddp.yaml")
+    if accelerator.is_fsdp2 or accelerator.state.deepspeed_plugin is not None:
+        script.fail("the LoRA is switched on and off in a step: not tried with FSDP2 and DeepSpeed; use ddp.yaml")
     device, processes = accelerator.device, accelerator.num_processes
     weight_dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
     args.cache_dir = args.cache_dir or os.path.join(args.output_dir, "cache")
@@ -320,7 +319,8 @@ def main(args):
     images = args.num_groups * args.group_size // processes  # of this process
     if args.num_groups % processes:
         script.fail(f"--num_groups {args.num_groups} cannot be shared out to {processes} processes")
-    rewards = script.run_on_each(accelerator, load_rewards, args, device, prompts)
+    with failing_together():
+        rewards = script.run_on_each(accelerator, load_rewards, args, device, prompts)
     if args.report_to != "none":
         tracked = {k: v if isinstance(v, (int, float, str)) else str(v) for k, v in vars(args).items()}
         with script.failing_with(f"--report_to {args.report_to}"):
@@ -426,20 +426,21 @@ def main(args):
             parts.append(SimpleNamespace(pictures=pictures, batches=batches, records=[]))
         transformer.eval()
         shown, scores = {}, {}
-        with weights_of("old"):
-            for part in parts:
-                for of in tqdm(part.batches, desc="Drawing", unit="batch", leave=False, disable=hidden):
-                    some = [pictures[i] for i in of]
-                    names = [name for _, name in some]
-                    latents, record = sample(args, functools.partial(predict, some), normal, names, sigmas)
-                    part.records.append(record)
-                    shown |= dict(zip(of, decode(vae, latents), strict=True))
-                    rows = [row for row, _ in some]
-                    scores[tuple(of)] = scored_by.submit(score, rewards, [shown[i] for i in of], rows)
         values = defaultdict(dict)  # of each reward, and the weighted sum, a number a picture
-        for of, future in scores.items():
-            for name, numbers in future.result().items():
-                values[name] |= dict(zip(of, numbers, strict=True))
+        with failing_together():
+            with weights_of("old"):
+                for part in parts:
+                    for of in tqdm(part.batches, desc="Drawing", unit="batch", leave=False, disable=hidden):
+                        some = [pictures[i] for i in of]
+                        names = [name for _, name in some]
+                        latents, record = sample(args, functools.partial(predict, some), normal, names, sigmas)
+                        part.records.append(record)
+                        shown |= dict(zip(of, decode(vae, latents), strict=True))
+                        rows = [row for row, _ in some]
+                        scores[tuple(of)] = scored_by.submit(score, rewards, [shown[i] for i in of], rows)
+            for of, future in scores.items():
+                for name, numbers in future.result().items():
+                    values[name] |= dict(zip(of, numbers, strict=True))
         values = {name: [numbers[i] for i in range(images)] for name, numbers in values.items()}
         everything = accelerate.utils.gather_object([values])
         values = {name: [number for part in everything for number in part[name]] for name in values}
@@ -449,32 +450,37 @@ def main(args):
 
         # 2. Each update trains on its part of them.
         transformer.train()
-        sums = defaultdict(float, policy_loss=0.0)
-        sync = functools.partial(script.gradient_sync, accelerator, transformer, True)
+        sums = defaultdict(float, policy_loss=0.0, grad_norm=0.0, below_epsilon=0.0)
         for update, part in enumerate(parts):
             decay = old_decay(args, step * args.num_updates)
             part.equal, part.advantages = update == 0 and (step == 0 or decay == 0), advantages
-            for loss, found in policy_losses(args, predict, normal, weights_of, part, sigmas, sync):
-                accelerator.backward(loss)
-                for name, number in found.items():
-                    sums[name] += number / args.num_updates
-            grad_norm = accelerator.clip_grad_norm_(parameters, args.max_grad_norm or math.inf)
-            sums["grad_norm"] += torch.as_tensor(grad_norm or 0.0) / args.num_updates
-            # What AdamW hardly moves, as its epsilon is added to the root of the squared gradient's mean.
-            below = sum((p.grad.abs() < args.adam_epsilon).sum() for p in parameters if p.grad is not None)
-            sums["below_epsilon"] += below / sum(p.numel() for p in parameters) / args.num_updates
-            if not all(math.isfinite(float(number)) for number in sums.values()):
-                script.fail(f"step {step + 1}: not finite ({dict(sums)}). {script.last_checkpoint(args.output_dir)}")
-            optimizer.step()
-            optimizer.zero_grad()
+            with failing_together(), accelerator.no_sync(transformer):
+                for loss, shares in policy_losses(args, predict, normal, weights_of, part, sigmas):
+                    accelerator.backward(loss)
+                    for name, share in shares.items():
+                        sums[name] += share / args.num_updates
+            trained = average_gradients(accelerator, parameters)
+            if trained:
+                grad_norm = accelerator.clip_grad_norm_(parameters, args.max_grad_norm or math.inf)
+                sums["grad_norm"] += grad_norm / args.num_updates
+                # What AdamW hardly moves, as its epsilon is added to the root of the squared gradient's mean.
+                below = sum((p.grad.abs() < args.adam_epsilon).sum() for p in parameters if p.grad is not None)
+                sums["below_epsilon"] += below / sum(p.numel() for p in parameters) / args.num_updates
+            means = mean_over_processes(sums)
+            # fp16's scaler deals with a gradient that is not finite itself.
+            checked = means if accelerator.scaler is None else means.keys() - {"grad_norm"}
+            if not all(math.isfinite(means[name]) for name in checked):
+                script.fail(f"step {step + 1}: not finite ({means}). {script.last_checkpoint(args.output_dir)}")
+            if trained:
+                optimizer.step()
+                optimizer.zero_grad()
         decay = old_decay(args, (step + 1) * args.num_updates)
         for shadow, parameter in zip(old.shadow_params, parameters, strict=True):
             shadow.lerp_(parameter.detach(), 1 - decay) if decay else shadow.copy_(parameter.detach())
 
         # 3. What was found
         step += 1
-        logs = {name: float(number) for name, number in sums.items()}
-        logs |= {name: sum(numbers) / len(numbers) for name, numbers in values.items()}
+        logs = means | {name: sum(numbers) / len(numbers) for name, numbers in values.items()}
         logs |= {"reward_std": reward.std(correction=0).item(), "old_decay": decay}
         spread = reward.view(-1, args.group_size)
         logs["lr"] = lr_scheduler.get_last_lr()[0]
@@ -514,6 +520,45 @@ def main(args):
     accelerator.wait_for_everyone()
     with script.optional("Logging"):
         accelerator.end_training()
+
+
+# Processes
+@contextlib.contextmanager
+def failing_together():
+    """Around what may fail on one process alone: the others end with its message, and do not wait for it."""
+    error = None
+    try:
+        yield
+    except (Exception, SystemExit) as raised:
+        error = raised
+    messages = accelerate.utils.gather_object([error and (str(error) or type(error).__name__)])
+    if error:
+        raise error
+    if any(messages):
+        script.fail(f"another process failed: {next(filter(None, messages)).removeprefix('error: ')}")
+
+
+def average_gradients(accelerator, parameters):
+    """
+    Average the gradients over the processes; returns whether there were any. Processes have different numbers of
+    terms, or none, so none of their backwards may wait for another process: this is where they meet.
+    """
+    if not any(accelerate.utils.gather_object([any(p.grad is not None for p in parameters)])):
+        return False
+    if accelerator.num_processes > 1:
+        for parameter in parameters:
+            parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        gradients = [parameter.grad for parameter in parameters]
+        mean = accelerator.reduce(parameters_to_vector(gradients) / accelerator.num_processes)
+        vector_to_parameters(mean, gradients)
+    return True
+
+
+def mean_over_processes(numbers):
+    """The means of numbers that each process has under names, as `dict[str, float]`; one that lacks a name has 0."""
+    each = accelerate.utils.gather_object([{name: float(number) for name, number in numbers.items()}])
+    names = dict.fromkeys(name for found in each for name in found)
+    return {name: sum(found.get(name, 0.0) for found in each) / len(each) for name in names}
 
 
 # Prompts and pictures
