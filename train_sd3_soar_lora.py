@@ -182,7 +182,7 @@ def parse_args(input_args=None):
     add("--offload_ema", action="store_true", help="With --use_ema: keep it on the CPU between steps.")
 
     add = parser.add_argument_group("LoRA").add_argument
-    add("--lora", help="Folder or hub id of a LoRA to go on with: rank, alpha and layers are its own.")
+    add("--lora", help="Folder, file or hub id of a LoRA to go on with: rank, alpha and layers are its own.")
     add("--rank", type=number(int, 1), default=32)
     add("--lora_alpha", type=number(float, 1e-6), help="The update is scaled by alpha / rank. Default: --rank.")
     add("--lora_dropout", type=number(float, 0, 0.99999), default=0.0)
@@ -871,8 +871,8 @@ def load_lora(transformer, name):
         state = diffusers.utils.convert_unet_state_dict_to_peft({key: file.get_tensor(key) for key in file.keys()})
     if files[0].name == LORA_FILES[1]:
         config = LoraConfig.from_pretrained(files[0].parent).to_dict()
-    left_out = [key for key in state if key.startswith("text_encoder")]
-    if left_out and transformer.device.type == "meta":  # say it once: to train, it is loaded again
+    left_out, checking = [key for key in state if key.startswith("text_encoder")], transformer.device.type == "meta"
+    if left_out and checking:  # to train, it is loaded again
         logger.warning(f"--lora {name}: {len(left_out)} tensors of text encoders are left out, for none is trained.")
     state, config = (
         {re.sub(r"^(base_model\.model\.)?(transformer\.)?", "", k): v for k, v in d.items() if "text_encoder" not in k}
@@ -891,7 +891,8 @@ def load_lora(transformer, name):
     if config:
         layers = sorted({*layers.values()})  # PEFT may have a pattern there, and freezes what it has saved
         config |= {"target_modules": layers, "inference_mode": False, "base_model_name_or_path": None}
-    transformer.load_lora_adapter(state, prefix=None, adapter_name="default", metadata=config or None)
+    options = {"adapter_name": "default", "metadata": config or None, "low_cpu_mem_usage": checking}
+    transformer.load_lora_adapter(state, prefix=None, **options)
     if different := state.keys() ^ get_peft_model_state_dict(transformer).keys():
         raise ValueError(f"it is of another kind, or not whole: see {min(different)}")
     return state

@@ -13,10 +13,19 @@ import numpy as np
 import pytest
 import torch
 from accelerate import PartialState
-from diffusers import AutoencoderKL, SD3Transformer2DModel, StableDiffusion3Pipeline
+from diffusers import (
+    AutoencoderKL,
+    DPMSolverMultistepScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+    UniPCMultistepScheduler,
+)
 from diffusers.models.attention import JointTransformerBlock
 from diffusers.training_utils import EMAModel
 from harness import ROOT, SCRIPTS, cached, equal, finish, start_two, weights
+from peft import LoraConfig, get_peft_model
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -344,6 +353,47 @@ def test_variant(run, pipeline, tmp_path):
         run(LORA, "--pretrained_model_name_or_path", model, "--output_dir", tmp_path / "without")
 
 
+@pytest.mark.parametrize("parts", [["text_encoder", "text_encoder_3"], ["transformer"], ["vae"]], ids=str)
+@pytest.mark.parametrize("script", [SFT, LORA])
+def test_variant_of_some_parts(script, parts, run, default, pipeline, tmp_path):
+    """As a pipeline loads it: files of the variant where there are some, the usual ones elsewhere."""
+    model = tmp_path / "model"
+    shutil.copytree(pipeline, model)
+    for part in parts:
+        (file,) = (model / part).glob("*.safetensors")
+        file.rename(file.with_suffix(".fp16.safetensors"))
+    StableDiffusion3Pipeline.from_pretrained(model, variant="fp16")
+    assert equal(run(script, "--pretrained_model_name_or_path", model, "--variant", "fp16"), default(script))
+
+
+SCHEDULERS = [
+    (DPMSolverMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=3.0), True),
+    (UniPCMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=3.0), True),
+    (FlowMatchHeunDiscreteScheduler(shift=3.0), True),
+    (DPMSolverMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=2.0), False),
+    (FlowMatchEulerDiscreteScheduler(shift=2.0), False),
+]
+
+
+@pytest.mark.parametrize(("scheduler", "same"), SCHEDULERS, ids=lambda value: type(value).__name__)
+def test_the_shift_of_any_sampler(scheduler, same, run, default, pipeline, tmp_path):
+    """The noise levels of training and of validation are those of a pipeline that was saved with another sampler."""
+    model, arguments = tmp_path / "model", (SFT, "--validation_prompt", "a cat")
+    shutil.copytree(pipeline, model)
+    StableDiffusion3Pipeline.from_pretrained(pipeline, scheduler=scheduler).save_pretrained(model)
+    base, out = default(*arguments), run(*arguments, "--pretrained_model_name_or_path", model)
+    assert equal(out, base) == same
+    first, second = (np.asarray(Image.open(folder / "samples" / "0-0.png")) for folder in (base, out))
+    assert np.array_equal(first, second) == same
+    # And the levels of validation by themselves: with the same weights.
+    run(*arguments, "--pretrained_model_name_or_path", model, "--learning_rate", 0, "--output_dir", tmp_path / "zero")
+    first, second = (
+        np.asarray(Image.open(folder / "samples" / "0-0.png"))
+        for folder in (default(*arguments, "--learning_rate", 0), tmp_path / "zero")
+    )
+    assert np.array_equal(first, second) == same
+
+
 @covers("--revision")
 def test_revision(run, pipeline, tmp_path, monkeypatch):
     """A model of the hub, in its local cache, at a revision with other weights."""
@@ -662,6 +712,7 @@ def test_max_grad_norm(run, logged, pipeline, tmp_path):
         trained = weights(folder)
         changes.append(math.sqrt(sum((trained[n].double() - base[n].double()).square().sum() for n in base)))
     assert changes[1] / changes[0] == pytest.approx(0.01 / norm, rel=0.1)
+    assert equal(run(*arguments, "--max_grad_norm", 0, "--output_dir", tmp_path / "zero"), free)  # it does not clip
 
 
 def noise_levels(forwards):
@@ -922,8 +973,8 @@ def test_rank_and_alpha(flags, rank, alpha, run, pipeline):
 
 
 @covers("--lora_dropout")
-def test_lora_dropout(run, pipeline, monkeypatch):
-    """Active in training, not in validation, and not in the file's effect."""
+def test_lora_dropout(run, pipeline, monkeypatch, tmp_path):
+    """Active in training, not in validation, after which it is again, and not in the file's effect."""
     made = seen(monkeypatch, importlib.import_module(LORA), "load_transformer")
     out = run(LORA, "--lora_dropout", 0.25, "--learning_rate", 1e-2)
     rates = {m.p for m in made[0][2].modules() if isinstance(m, torch.nn.Dropout) and m.p}
@@ -931,6 +982,18 @@ def test_lora_dropout(run, pipeline, monkeypatch):
     pipe = StableDiffusion3Pipeline.from_pretrained(pipeline)
     pipe.load_lora_weights(out)
     assert np.array_equal(generate(pipe), generate(pipe))
+    training, forward = [], SD3Transformer2DModel.forward
+
+    def see(self, **inputs):
+        layers = [module.training for module in self.modules()]
+        training.append((any(layers), all(layers)))
+        return forward(self, **inputs)
+
+    monkeypatch.setattr(SD3Transformer2DModel, "forward", see)
+    flags = ("--lora_dropout", 0.25, "--trajectory_length", 0, "--max_train_steps", 3, "--validation_steps", 2)
+    run(LORA, *flags, "--validation_prompt", "a cat", "--output_dir", tmp_path / "validated")
+    step, sampling = (True, True), (False, False)
+    assert training == [step] * 2 + [sampling] * 2 + [step] + [sampling] * 2
 
 
 ATTENTION = {f"attn.{name}" for name in "to_q to_k to_v to_out.0 add_q_proj add_k_proj add_v_proj to_add_out".split()}
@@ -979,6 +1042,97 @@ def test_lora(run, default, pipeline, tmp_path):
         run(LORA, "--lora", one, "--rank", 8, "--output_dir", tmp_path / "refused")
     card = (out / "README.md").read_text()
     assert f"Trained from `{pipeline}`, `{one}` with" in card
+
+
+@pytest.fixture
+def adapter(pipeline):
+    """A LoRA of PEFT's with two ranks and strengths, neither of them 1, on two kinds of layers."""
+    torch.manual_seed(0)
+    transformer = SD3Transformer2DModel.from_pretrained(pipeline, subfolder="transformer")
+    ranks = {"target_modules": ["attn.to_q", "attn.to_v"], "rank_pattern": {"attn.to_v": 2}}
+    config = LoraConfig(r=4, lora_alpha=16, alpha_pattern={"attn.to_v": 3}, init_lora_weights=False, **ranks)
+    return get_peft_model(transformer, config)
+
+
+def tensors_of(adapter):
+    """By diffusers' names, without a prefix."""
+    state = adapter.base_model.model.state_dict()
+    return {name.replace(".default", ""): tensor.clone() for name, tensor in state.items() if ".lora_" in name}
+
+
+def write_peft(adapter, folder):
+    """PEFT's own format, with patterns for the layers' names, and frozen."""
+    adapter.save_pretrained(folder)
+    return folder
+
+
+def write_metadata(adapter, folder):
+    config = adapter.peft_config["default"].to_dict() | {"target_modules": ["attn.to_q", "attn.to_v"]}
+    StableDiffusion3Pipeline.save_lora_weights(folder, tensors_of(adapter), transformer_lora_adapter_metadata=config)
+    return folder
+
+
+def write_unprefixed(adapter, folder):
+    """By `transformer.save_lora_adapter`."""
+    model = adapter.base_model.model
+    model.peft_config, model._hf_peft_config_loaded = adapter.peft_config, True
+    model.save_lora_adapter(folder)
+    return folder
+
+
+def with_alphas(adapter):
+    """Strength in a tensor of each layer."""
+    state = {f"transformer.{name}": tensor for name, tensor in tensors_of(adapter).items()}
+    for name in [name for name in state if "lora_A" in name]:
+        layer = name.removesuffix(".lora_A.weight")
+        state[f"{layer}.alpha"] = torch.tensor(3.0 if layer.endswith("to_v") else 16.0)
+    return state
+
+
+def write_alphas(adapter, folder):
+    folder.mkdir()
+    save_file(with_alphas(adapter), folder / "pytorch_lora_weights.safetensors")
+    return folder
+
+
+def write_file(adapter, folder):
+    """Of any name, with what it trained of a text encoder, and the names that diffusers had before PEFT."""
+    folder.mkdir()
+    state = {name.replace("lora_A", "lora.down"): tensor for name, tensor in with_alphas(adapter).items()}
+    state = {name.replace("lora_B", "lora.up"): tensor for name, tensor in state.items()}
+    layer = "text_encoder.text_model.encoder.layers.0.self_attn.q_proj"
+    state |= {f"{layer}.{name}.weight": torch.ones(2, 2) for name in ("lora_A", "lora_B")}
+    save_file(state, folder / "mine.safetensors")
+    return folder / "mine.safetensors"
+
+
+FORMATS = [write_peft, write_metadata, write_unprefixed, write_alphas, write_file]
+
+
+@pytest.mark.parametrize("write", FORMATS, ids=lambda write: write.__name__)
+def test_loras_of_other_programs(write, adapter, run, pipeline, tmp_path, caplog):
+    """Whatever says its ranks and strengths, the run begins with PEFT's own effect, and its result has it."""
+    source = write(adapter, tmp_path / "adapter")
+    out = run(LORA, "--lora", source, "--learning_rate", 0, "--checkpointing_steps", 1)
+    merged = adapter.merge_and_unload().state_dict()
+    for folder in (out, out / "checkpoint-2"):
+        pipe = StableDiffusion3Pipeline.from_pretrained(pipeline)
+        pipe.load_lora_weights(folder)
+        pipe.fuse_lora()
+        pipe.unload_lora_weights()
+        state = pipe.transformer.state_dict()
+        changed = 0
+        for name, tensor in weights(pipeline).items():
+            torch.testing.assert_close(state[name], merged[name], rtol=0, atol=1e-5)
+            changed += not torch.allclose(merged[name], tensor, atol=1e-3)
+        assert changed == 2 * 3
+    shutil.copytree(out / "checkpoint-1", tmp_path / "resumed" / "checkpoint-1")
+    more = ("--resume_from_checkpoint", "latest", "--output_dir", tmp_path / "resumed", "--learning_rate", 0)
+    assert equal(run(LORA, "--lora", source, *more), out)
+    trained = run(LORA, "--lora", source, "--output_dir", tmp_path / "trained", "--save_dtype", "fp32")
+    assert weights(trained).keys() == weights(out).keys() and not equal(trained, out)
+    said = [record for record in caplog.records if "2 tensors of text encoders are left out" in record.message]
+    assert len(said) == 3 * (write is write_file)
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -1099,7 +1253,8 @@ def test_validation(run, monkeypatch, tmp_path):
     assert [path.name for path in (out / "validation").iterdir()] == ["step-2.png"] and len(calls) == 6
     assert not (out / "samples").exists()
     calls.clear()
-    run(SFT, "--output_dir", tmp_path / "none")
+    for number, flags in enumerate([(), ("--skip_final_inference",), ("--num_validation_images", 0)]):
+        run(SFT, *flags, "--output_dir", tmp_path / f"none{number}")  # it asks for nothing: no effect to be missed
     assert not calls
 
 
