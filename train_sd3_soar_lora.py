@@ -870,7 +870,8 @@ def load_lora(transformer, name):
         config = json.loads((file.metadata() or {}).get("lora_adapter_metadata", "{}"))
         state = diffusers.utils.convert_unet_state_dict_to_peft({key: file.get_tensor(key) for key in file.keys()})
     if files[0].name == LORA_FILES[1]:
-        config = LoraConfig.from_pretrained(files[0].parent).to_dict()
+        config = LoraConfig.from_json_file(files[0].with_name("adapter_config.json"))
+        config = LoraConfig.from_peft_type(**config).to_dict()
     left_out, checking = [key for key in state if key.startswith("text_encoder")], transformer.device.type == "meta"
     if left_out and checking:  # to train, it is loaded again
         logger.warning(f"--lora {name}: {len(left_out)} tensors of text encoders are left out, for none is trained.")

@@ -25,7 +25,7 @@ from diffusers import (
 from diffusers.models.attention import JointTransformerBlock
 from diffusers.training_utils import EMAModel
 from harness import ROOT, SCRIPTS, cached, equal, finish, start_two, weights
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -366,6 +366,20 @@ def test_variant_of_some_parts(script, parts, run, default, pipeline, tmp_path):
     assert equal(run(script, "--pretrained_model_name_or_path", model, "--variant", "fp16"), default(script))
 
 
+@pytest.mark.parametrize("script", [SFT, LORA])
+def test_the_variant_is_of_the_model(script, run, default, pipeline, tmp_path):
+    """And not of --transformer, of which a folder may have another variant of another training."""
+    model, tuned = tmp_path / "model", default(SFT)
+    shutil.copytree(pipeline, model)
+    (file,) = (model / "vae").glob("*.safetensors")
+    file.rename(file.with_suffix(".fp16.safetensors"))
+    shutil.copytree(tuned, tmp_path / "tuned")
+    name = "transformer/diffusion_pytorch_model"
+    shutil.copy(pipeline / f"{name}.safetensors", tmp_path / "tuned" / f"{name}.fp16.safetensors")
+    flags = ("--pretrained_model_name_or_path", model, "--variant", "fp16", "--transformer", tmp_path / "tuned")
+    assert equal(run(script, *flags), default(script, "--transformer", tuned))
+
+
 SCHEDULERS = [
     (DPMSolverMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=3.0), True),
     (UniPCMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=3.0), True),
@@ -642,9 +656,14 @@ def test_learning_rate_schedules(name, run, logged, monkeypatch, tmp_path):
 @covers("--optimizer", "--use_8bit_adam", "--learning_rate", "--adam_beta1", "--adam_beta2", "--adam_weight_decay")
 @pytest.mark.parametrize(
     ("flags", "name"),
-    [([], "AdamW"), (["--use_8bit_adam"], "AdamW8bit"), (["--optimizer", "prodigy"], "Prodigy")],
+    [
+        ([], "AdamW"),
+        (["--use_8bit_adam"], "AdamW8bit"),
+        (["--full_bf16", "--mixed_precision", "bf16"], "AdamW8bit"),
+        (["--optimizer", "prodigy"], "Prodigy"),
+    ],
 )
-def test_optimizers(flags, name, run, monkeypatch):
+def test_optimizers(flags, name, run, uncompiled, monkeypatch):
     """Each with its parameters; 8-bit state where the tensor is large enough for it."""
     made = seen(monkeypatch, importlib.import_module(SFT), "make_optimizer")
     values = {"learning_rate": 2e-3, "adam_beta1": 0.8, "adam_beta2": 0.9, "adam_weight_decay": 0.1}
@@ -653,9 +672,11 @@ def test_optimizers(flags, name, run, monkeypatch):
     optimizer = made[0][2]
     assert type(optimizer).__name__ == name
     group = optimizer.param_groups[0]
-    assert (group["lr"], tuple(group["betas"]), group["weight_decay"], group["eps"]) == (2e-3, (0.8, 0.9), 0.1, 1e-6)
+    found = float(group["lr"]), *group["betas"], group["weight_decay"], group["eps"]
+    assert found == pytest.approx((2e-3, 0.8, 0.9, 0.1, 1e-6))
     state = [value for state in optimizer.state.values() for value in state.values() if torch.is_tensor(value)]
-    assert any(tensor.dtype == torch.uint8 for tensor in state) == (name == "AdamW8bit")
+    eight_bit = [getattr(tensor, "codes", tensor).dtype == torch.uint8 for tensor in state]
+    assert any(eight_bit) == (name == "AdamW8bit") and not all(eight_bit)
 
 
 @covers("--prodigy_beta3", "--prodigy_decouple", "--prodigy_use_bias_correction", "--prodigy_safeguard_warmup")
@@ -972,6 +993,18 @@ def test_rank_and_alpha(flags, rank, alpha, run, pipeline):
     assert np.abs(drawn[0] - drawn[1]).max() < 1e-5
 
 
+def test_a_new_lora(run):
+    """Its effect is none, and its A is drawn from a normal distribution of deviation 1 / rank, by the seed."""
+    out = run(LORA, "--rank", 4, "--learning_rate", 0)
+    state = weights(out)
+    assert all((tensor == 0).all() for name, tensor in state.items() if "lora_B" in name)
+    drawn = torch.cat([tensor.flatten() for name, tensor in state.items() if "lora_A" in name])
+    assert drawn.std().item() == pytest.approx(1 / 4, rel=0.05) and drawn.abs().max() > 0.6
+    assert not torch.equal(drawn[:128], drawn[128:256])
+    other = run(LORA, "--rank", 4, "--learning_rate", 0, "--seed", 1, "--overwrite_output_dir")
+    assert not any(torch.equal(tensor, state[name]) for name, tensor in weights(other).items() if "lora_A" in name)
+
+
 @covers("--lora_dropout")
 def test_lora_dropout(run, pipeline, monkeypatch, tmp_path):
     """Active in training, not in validation, after which it is again, and not in the file's effect."""
@@ -1032,6 +1065,8 @@ def test_lora(run, default, pipeline, tmp_path):
     one = run(LORA, *shape, "--output_dir", tmp_path / "one")
     same = run(LORA, "--lora", one, "--learning_rate", 0, "--output_dir", tmp_path / "same")
     assert equal(one, same) and metadata(one) == metadata(same)
+    mixed = ("--mixed_precision", "bf16", "--save_dtype", "fp32", "--output_dir", tmp_path / "mixed")
+    assert equal(one, run(LORA, "--lora", one, "--learning_rate", 0, *mixed))  # not by way of the base's bf16
     out = run(LORA, "--lora", one, "--checkpointing_steps", 1, "--output_dir", tmp_path / "two")
     assert weights(out).keys() == weights(one).keys() and not equal(out, one)
     resumed = tmp_path / "resumed"
@@ -1044,20 +1079,9 @@ def test_lora(run, default, pipeline, tmp_path):
     assert f"Trained from `{pipeline}`, `{one}` with" in card
 
 
-@pytest.fixture
-def adapter(pipeline):
-    """A LoRA of PEFT's with two ranks and strengths, neither of them 1, on two kinds of layers."""
-    torch.manual_seed(0)
-    transformer = SD3Transformer2DModel.from_pretrained(pipeline, subfolder="transformer")
-    ranks = {"target_modules": ["attn.to_q", "attn.to_v"], "rank_pattern": {"attn.to_v": 2}}
-    config = LoraConfig(r=4, lora_alpha=16, alpha_pattern={"attn.to_v": 3}, init_lora_weights=False, **ranks)
-    return get_peft_model(transformer, config)
-
-
 def tensors_of(adapter):
     """By diffusers' names, without a prefix."""
-    state = adapter.base_model.model.state_dict()
-    return {name.replace(".default", ""): tensor.clone() for name, tensor in state.items() if ".lora_" in name}
+    return {name.removeprefix("base_model.model."): t for name, t in get_peft_model_state_dict(adapter).items()}
 
 
 def write_peft(adapter, folder):
@@ -1067,6 +1091,7 @@ def write_peft(adapter, folder):
 
 
 def write_metadata(adapter, folder):
+    """As diffusers' training scripts do."""
     config = adapter.peft_config["default"].to_dict() | {"target_modules": ["attn.to_q", "attn.to_v"]}
     StableDiffusion3Pipeline.save_lora_weights(folder, tensors_of(adapter), transformer_lora_adapter_metadata=config)
     return folder
@@ -1081,10 +1106,9 @@ def write_unprefixed(adapter, folder):
 
 
 def with_alphas(adapter):
-    """Strength in a tensor of each layer."""
+    """With a tensor of each layer's strength."""
     state = {f"transformer.{name}": tensor for name, tensor in tensors_of(adapter).items()}
-    for name in [name for name in state if "lora_A" in name]:
-        layer = name.removesuffix(".lora_A.weight")
+    for layer in {name.partition(".lora_")[0] for name in state}:
         state[f"{layer}.alpha"] = torch.tensor(3.0 if layer.endswith("to_v") else 16.0)
     return state
 
@@ -1092,6 +1116,15 @@ def with_alphas(adapter):
 def write_alphas(adapter, folder):
     folder.mkdir()
     save_file(with_alphas(adapter), folder / "pytorch_lora_weights.safetensors")
+    return folder
+
+
+def write_both(adapter, folder):
+    """Strength in the metadata, and in tensors: it counts once."""
+    write_metadata(adapter, folder)
+    file = folder / "pytorch_lora_weights.safetensors"
+    with safe_open(file, "pt") as opened:
+        save_file(with_alphas(adapter), file, opened.metadata())
     return folder
 
 
@@ -1106,14 +1139,44 @@ def write_file(adapter, folder):
     return folder / "mine.safetensors"
 
 
-FORMATS = [write_peft, write_metadata, write_unprefixed, write_alphas, write_file]
-
-
-@pytest.mark.parametrize("write", FORMATS, ids=lambda write: write.__name__)
-def test_loras_of_other_programs(write, adapter, run, pipeline, tmp_path, caplog):
-    """Whatever says its ranks and strengths, the run begins with PEFT's own effect, and its result has it."""
+@pytest.mark.parametrize(
+    ("write", "options"),
+    [
+        (write_peft, {}),
+        (write_peft, {"use_rslora": True}),
+        (write_peft, {"use_dora": True}),
+        (write_metadata, {}),
+        (write_metadata, {"use_rslora": True}),
+        (write_unprefixed, {}),
+        (write_alphas, {}),
+        (write_both, {}),
+        (write_file, {}),
+    ],
+    ids=lambda value: getattr(value, "__name__", str(value)),
+)
+def test_loras_of_other_programs(write, options, run, pipeline, tmp_path, caplog):
+    """
+    Two ranks and two strengths on two kinds of layers, told in every way. The run begins with PEFT's own effect, and
+    its result has it, and no word of where the LoRA was made.
+    """
+    torch.manual_seed(0)
+    transformer = SD3Transformer2DModel.from_pretrained(pipeline, subfolder="transformer")
+    layers = {
+        "target_modules": r".*\.attn\.to_[qv]",
+        "rank_pattern": {"attn.to_v": 2},
+        "alpha_pattern": {"attn.to_v": 3},
+    }
+    adapter = get_peft_model(transformer, LoraConfig(r=4, lora_alpha=16, init_lora_weights=False, **layers, **options))
     source = write(adapter, tmp_path / "adapter")
+    size = sum(tensor.numel() for tensor in tensors_of(adapter).values())
     out = run(LORA, "--lora", source, "--learning_rate", 0, "--checkpointing_steps", 1)
+    found = metadata(out)
+    assert found["transformer.target_modules"] == sorted(
+        f"transformer_blocks.{block}.attn.{layer}" for block in range(3) for layer in ("to_q", "to_v")
+    )
+    assert found["transformer.base_model_name_or_path"] is None
+    assert sum(tensor.numel() for tensor in weights(out).values()) == size
+    assert f"{size:,} trained parameters" in caplog.text
     merged = adapter.merge_and_unload().state_dict()
     for folder in (out, out / "checkpoint-2"):
         pipe = StableDiffusion3Pipeline.from_pretrained(pipeline)

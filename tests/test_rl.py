@@ -520,6 +520,10 @@ def test_what_a_run_leaves(train, pipeline):
         (["--reward", "ocr=1"], "--reward ocr: the prompt 'a red square' has no text in double quotes"),
         (["--held_out_prompts", "{folder}/prompts.txt"], "has 3 prompts of .*prompts.txt, such as 'a red square'"),
         (["--prompts", "{folder}/empty.txt"], "empty.txt has none"),
+        (
+            ["--lora", "{folder}"],
+            "--lora .*: no pytorch_lora_weights.safetensors or adapter_model.safetensors is there",
+        ),
         (["--prompts", "{folder}/bad.jsonl"], "bad.jsonl, line 1 has no `prompt`"),
     ],
 )
