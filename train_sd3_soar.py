@@ -530,12 +530,9 @@ def check_args(parser, args):
             parser.error(f"--{flag} {path}: no such {kind}")
     if args.lr_warmup_steps > 0 and args.lr_scheduler in ("constant", "piecewise_constant"):
         parser.error("--lr_warmup_steps has no effect without another --lr_scheduler: see constant_with_warmup")
-    if getattr(args, "sde_rollout_type", "") == "sde" and args.sde_noise_scale != parser.get_default(
-        "sde_noise_scale"
-    ):
-        parser.error(
-            "--sde_noise_scale has no effect with --sde_rollout_type sde: its noise is as strong as the level's"
-        )
+    strength = parser.get_default("sde_noise_scale")
+    if getattr(args, "sde_rollout_type", "") == "sde" and args.sde_noise_scale != strength:
+        parser.error("--sde_noise_scale has no effect with --sde_rollout_type sde, which renews all of the noise")
     args.validation_height = args.validation_height or args.resolution
     args.validation_width = args.validation_width or args.resolution
     try:

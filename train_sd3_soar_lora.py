@@ -539,12 +539,9 @@ def check_args(parser, args):
             parser.error(f"--{flag} {path}: no such {kind}")
     if args.lr_warmup_steps > 0 and args.lr_scheduler in ("constant", "piecewise_constant"):
         parser.error("--lr_warmup_steps has no effect without another --lr_scheduler: see constant_with_warmup")
-    if getattr(args, "sde_rollout_type", "") == "sde" and args.sde_noise_scale != parser.get_default(
-        "sde_noise_scale"
-    ):
-        parser.error(
-            "--sde_noise_scale has no effect with --sde_rollout_type sde: its noise is as strong as the level's"
-        )
+    strength = parser.get_default("sde_noise_scale")
+    if getattr(args, "sde_rollout_type", "") == "sde" and args.sde_noise_scale != strength:
+        parser.error("--sde_noise_scale has no effect with --sde_rollout_type sde, which renews all of the noise")
     args.validation_height = args.validation_height or args.resolution
     args.validation_width = args.validation_width or args.resolution
     try:
@@ -809,8 +806,8 @@ def trained_layers(args, config):
     The LoRA's layers, or the tensors of --lora, and how many parameters each has. Refuses what the model has not, and
     wrong quantisations.
     """
-    shape = (args.rank != 32, args.lora_alpha is not None, args.lora_dropout, args.lora_layers, args.lora_blocks)
-    if args.lora and any((*shape, args.use_dora)):
+    shape = (args.rank != 32, args.lora_alpha, args.lora_dropout, args.lora_layers, args.lora_blocks, args.use_dora)
+    if args.lora and any(shape):
         fail(f"--lora {args.lora} has a rank, layers and so on: leave out --rank and all --lora_ flags and --use_dora")
     if args.bnb_quantization_config_path:
         what = f"--bnb_quantization_config_path {args.bnb_quantization_config_path}"
@@ -865,7 +862,7 @@ def load_lora(transformer, name):
     path = Path(name if os.path.isfile(name) else fetch("lora", name, [*LORA_FILES, "adapter_config.json"]))
     files = [file for file in (path, *(path / file for file in LORA_FILES)) if file.is_file()]
     if not files:
-        raise ValueError(f"no {' or '.join(LORA_FILES)} is there; of another name, give the file itself")
+        raise ValueError(f"no {' or '.join(LORA_FILES)} is there; if it has another name, give the file")
     with safe_open(files[0], "pt") as file:
         config = json.loads((file.metadata() or {}).get("lora_adapter_metadata", "{}"))
         state = diffusers.utils.convert_unet_state_dict_to_peft({key: file.get_tensor(key) for key in file.keys()})
@@ -874,7 +871,7 @@ def load_lora(transformer, name):
         config = LoraConfig.from_peft_type(**config).to_dict()
     left_out, checking = [key for key in state if key.startswith("text_encoder")], transformer.device.type == "meta"
     if left_out and checking:  # to train, it is loaded again
-        logger.warning(f"--lora {name}: {len(left_out)} tensors of text encoders are left out, for none is trained.")
+        logger.warning(f"--lora {name}: {len(left_out)} tensors of text encoders are left out: they are not trained.")
     state, config = (
         {re.sub(r"^(base_model\.model\.)?(transformer\.)?", "", k): v for k, v in d.items() if "text_encoder" not in k}
         for d in (state, config)

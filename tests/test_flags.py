@@ -1263,6 +1263,8 @@ def test_four_bit_base(run, monkeypatch, tmp_path, pipeline):
     before = generate(pipe)
     pipe.load_lora_weights(out)
     assert np.abs(generate(pipe) - before).max() > 1e-3
+    flags = ("--bnb_quantization_config_path", path, "--mixed_precision", "bf16", "--lora", out, "--learning_rate", 0)
+    assert equal(run(LORA, *flags, "--output_dir", tmp_path / "again"), out)
 
 
 # Checkpoints
