@@ -150,7 +150,7 @@ def parse_args(input_args=None):
     add = parser.add_argument_group("training").add_argument
     add("--output_dir", default="sd3-soar")
     add("--overwrite_output_dir", action="store_true", help="Delete the result and checkpoints of another run there.")
-    add("--seed", type=number(int, 0), help="Drawn and logged when absent.")
+    add("--seed", type=number(int, 0, 2**63 - 1), help="Drawn and logged when absent.")
     add("--train_batch_size", type=number(int, 1), default=4, help="Images per process and forward.")
     add("--gradient_accumulation_steps", type=number(int, 1), default=1)
     add("--num_train_epochs", type=number(int, 1), default=1)
@@ -189,8 +189,13 @@ def parse_args(input_args=None):
     add("--num_rollout_paths", type=number(int, 1), default=1, help="M: the ODE step, and M - 1 stochastic ones.")
     add("--num_sampling_steps", type=number(int, 1, 1000), default=40, help="K: the rollout is one step of K.")
     add("--cfg_scale_sampling", type=number(), default=4.5, help="Guidance of the rollout step.")
-    add("--sde_rollout_type", choices=soar_utils.STOCHASTIC_ROLLOUTS, default="flow_sde", help="Of paths 1 to M-1.")
-    add("--sde_noise_scale", type=number(float, 0, 1), default=0.5, help="Their strength.")
+    add(
+        "--sde_rollout_type",
+        choices=soar_utils.STOCHASTIC_ROLLOUTS,
+        default="flow_sde",
+        help="With --num_rollout_paths: of 1 to M-1.",
+    )
+    add("--sde_noise_scale", type=number(float, 0, 1), default=0.5, help="With --num_rollout_paths: their strength.")
     add("--sigma_upper_ratio", type=number(float, 1), help="Auxiliary sigmas up to RATIO * sigma. Default: up to 1.")
     add("--aux_batch_size", type=number(int, 1), help="Auxiliary points per forward. Default: --train_batch_size.")
 
@@ -209,7 +214,7 @@ def parse_args(input_args=None):
     add("--validation_width", type=number(int, 16), help="With --validation_prompt: pixels. Default: --resolution.")
     add("--num_inference_steps", type=number(int, 1), default=40, help="With --validation_prompt: of each image.")
     add("--guidance_scale", type=number(), default=4.5, help="With --validation_prompt: its guidance.")
-    add("--skip_final_inference", action="store_true", help="With --validation_prompt: not at the end.")
+    add("--skip_final_inference", action="store_true", help="No validation images at the end.")
 
     add = parser.add_argument_group("logging and hub").add_argument
     add("--report_to", choices=["none", "all", *LOGGER_TYPE_TO_CLASS], default="tensorboard")
@@ -368,7 +373,7 @@ def main(args):
     train_dataset = TrainingImages(args, rows, inspected, encoder_digests)
     run_on_main(accelerator, report_truncation, args, model_dir, inspected)
     with loading(args.pretrained_model_name_or_path):
-        vae = AutoencoderKL.from_pretrained(model_dir, subfolder="vae", variant=args.variant, use_safetensors=True)
+        vae = load_part(AutoencoderKL, model_dir, "vae", args.variant)
     vae.requires_grad_(False).eval().to("cpu" if args.cache_latents or args.offload else device)
     prompts = ["", *args.validation_prompt]
     if args.cache_latents or args.cache_prompt_embeds:
@@ -551,7 +556,8 @@ def check_args(parser, args):
     for action in parser._actions:  # where a flag needs another, its help says so first, and nothing else does
         for flag, value in re.findall(r"^With --(\w+) ?(\w*):", action.help or ""):
             acts = getattr(args, flag) == value if value else getattr(args, flag) != parser.get_default(flag)
-            if not acts and getattr(args, action.dest) != action.default:
+            asked = getattr(args, action.dest) != action.default
+            if asked and not acts and (flag, getattr(args, action.dest)) != ("validation_prompt", 0):  # 0 images
                 parser.error(f"{action.option_strings[0]} has no effect without --{f'{flag} {value}'.strip()}")
     if sum(getattr(args, flag) is not None for flag in ("dataset_name", "train_data_dir", "jsonl_path")) != 1:
         parser.error("give exactly one of --dataset_name, --train_data_dir and --jsonl_path")
@@ -565,6 +571,9 @@ def check_args(parser, args):
         parser.error("--hub_token: other trackers than TensorBoard keep the command line. Use `hf auth login` instead")
     if args.lr_warmup_steps > 0 and args.lr_scheduler in ("constant", "piecewise_constant"):
         parser.error("--lr_warmup_steps has no effect without another --lr_scheduler: see constant_with_warmup")
+    strength = parser.get_default("sde_noise_scale")
+    if getattr(args, "sde_rollout_type", "") == "sde" and args.sde_noise_scale != strength:
+        parser.error("--sde_noise_scale has no effect with --sde_rollout_type sde, which renews all of the noise")
     args.validation_height = args.validation_height or args.resolution
     args.validation_width = args.validation_width or args.resolution
     try:
@@ -700,6 +709,8 @@ def make_accelerator(args):
     if (started := int(os.environ.get("WORLD_SIZE", 1))) > accelerator.num_processes:
         why = "PyTorch sees no GPU here. Mend its installation, start one process, or set ACCELERATE_USE_CPU=true"
         fail(f"the launcher started {started} processes, and each takes itself for the only one, as {why}")
+    if accelerator.state.dynamo_plugin.backend != accelerate.utils.DynamoBackend.NO:  # it would rename all weights
+        fail("to compile give --torch_compile, and not accelerate's `dynamo_config` or ACCELERATE_DYNAMO_BACKEND")
     deepspeed = accelerator.state.deepspeed_plugin
     if deepspeed is not None:  # it would read this from a prepared data loader
         deepspeed.deepspeed_config["train_micro_batch_size_per_gpu"] = args.train_batch_size
@@ -758,7 +769,7 @@ def check_model(args):
         if not StableDiffusion3Pipeline.load_config(model_dir)["_class_name"].startswith("StableDiffusion3"):
             raise ValueError("its model_index.json names another pipeline")
         transformer = SD3Transformer2DModel.load_config(started or model_dir, subfolder="transformer")
-        scheduler = diffusers.FlowMatchEulerDiscreteScheduler.load_config(model_dir, subfolder="scheduler")
+        scheduler = read_scheduler(model_dir).config
         vae = AutoencoderKL.load_config(model_dir, subfolder="vae")
         if not args.no_text_encoder_3 and StableDiffusion3Pipeline.load_config(model_dir)["text_encoder_3"][0] is None:
             raise ValueError("it has no T5: give --no_text_encoder_3")
@@ -770,7 +781,7 @@ def check_model(args):
         patch, dim = vae_scale_factor * transformer["patch_size"], transformer["joint_attention_dim"]
         model_config = {
             "folder": model_dir,
-            "shift": scheduler.get("shift", 1.0),
+            "shift": scheduler.shift,
             "latent_channels": vae["latent_channels"],
             "vae_scale_factor": vae_scale_factor,
             "divisor": math.lcm(16, patch),
@@ -779,7 +790,7 @@ def check_model(args):
             "embeds_size": dim * (77 + args.max_sequence_length) + transformer["pooled_projection_dim"],
             "trained": sum(trained_layers(args, transformer).values()),
         }
-    if scheduler.get("use_dynamic_shifting"):
+    if scheduler.use_dynamic_shifting:
         fail(f"{name}: its scheduler uses dynamic shifting; these scripts need a constant `shift`, as SD3.5 has")
     for side in {args.validation_height, args.validation_width}.union(*training_sizes(args)):
         check_side(side, model_config, "--resolution, --validation_ or --aspect_ratio_buckets")
@@ -793,13 +804,41 @@ def check_side(side, model_config, what):
         fail(f"{what}: side {side} must be divisible by {divisor} and at most {max_side} for this model")
 
 
+def read_scheduler(model_dir):
+    """The noise levels of the pipeline, for Euler's steps. `ValueError`: its scheduler is no flow's, with a shift."""
+    name = StableDiffusion3Pipeline.load_config(model_dir)["scheduler"][1]
+    config = diffusers.FlowMatchEulerDiscreteScheduler.load_config(model_dir, subfolder="scheduler")
+    if not name.startswith("FlowMatch"):
+        if not config.get("use_flow_sigmas"):
+            raise ValueError(f"its {name} has no shift: save it with a FlowMatchEulerDiscreteScheduler")
+        config["shift"] = config["flow_shift"]
+    return diffusers.FlowMatchEulerDiscreteScheduler.from_config(config)
+
+
 def download_model(args, model_dir):
     """Fetch from the hub what this run needs of the model and the cache does not hold, and nothing else."""
     unused = {*TEXT_PARTS} - {*text_parts(args.no_text_encoder_3)} | ({"transformer"} if args.transformer else set())
     options = {"revision": args.revision, "variant": args.variant, "use_safetensors": True} | dict.fromkeys(unused)
-    if model_dir != (name := args.pretrained_model_name_or_path):
+    name = args.pretrained_model_name_or_path
+    if model_dir != name:
         what = f"--pretrained_model_name_or_path {name} cannot be loaded"
         ask_hub(what, StableDiffusion3Pipeline.download, name, **options)
+    if args.variant and not any(Path(model_dir).glob(f"*/*.{args.variant}[.-]*safetensors")):
+        fail(f"--variant {args.variant}: {name} has no weights of that name")
+
+
+def load_part(model_class, folder, part, variant=None, **options):
+    """
+    A part of a pipeline, from files of `variant` where it has any, as [`DiffusionPipeline.from_pretrained`] does it.
+    `ValueError`: they lack a tensor, which the libraries would leave empty, or draw at random.
+    """
+    if variant and not any(Path(folder, part).glob(f"*.{variant}[.-]*safetensors")):
+        variant = None
+    options |= {"subfolder": part, "variant": variant, "use_safetensors": True, "output_loading_info": True}
+    model, report = model_class.from_pretrained(folder, **options)
+    if report["missing_keys"]:
+        raise ValueError(f"the weights in {folder}/{part} lack {min(report['missing_keys'])}")
+    return model
 
 
 def trained_layers(args, config):
@@ -809,7 +848,7 @@ def trained_layers(args, config):
     return {name: parameter.numel() for name, parameter in skeleton.named_parameters()}
 
 
-def read_transformer(folder, dtype, empty=False, **options):
+def read_transformer(folder, dtype, empty=False, variant=None, **options):
     """The `SD3Transformer2DModel` in `folder`; `empty`, with memory for its weights that nothing has touched."""
     if empty:
         with torch.device("meta"):
@@ -817,8 +856,7 @@ def read_transformer(folder, dtype, empty=False, **options):
             return SD3Transformer2DModel.from_config(config).to(dtype).to_empty(device="cpu")
     # The file has the position table, which diffusers would compute before: 3 s, 3.4 GiB.
     with contextlib.nullcontext() if options.get("quantization_config") else torch.device("meta"):
-        options |= {"subfolder": "transformer", "dtype": dtype, "use_safetensors": True}
-        return SD3Transformer2DModel.from_pretrained(folder, **options)
+        return load_part(SD3Transformer2DModel, folder, "transformer", variant, dtype=dtype, **options)
 
 
 def load_transformer(args, model_dir, weight_dtype, checkpoint=None, empty=False):
@@ -1242,11 +1280,14 @@ def text_parts(no_text_encoder_3):
 
 def load_text_encoders(args, model_dir, weight_dtype, joint_attention_dim, device):
     """The `StableDiffusion3Pipeline` without its transformer and VAE, whose text encoders compute on `device`."""
-    missing = dict.fromkeys({"transformer", "vae", *TEXT_PARTS} - {*text_parts(args.no_text_encoder_3)})
+    used, classes = text_parts(args.no_text_encoder_3), StableDiffusion3Pipeline.load_config(model_dir)
+    parts = dict.fromkeys({"transformer", "vae", *TEXT_PARTS} - {*used})
     with loading(args.pretrained_model_name_or_path):
-        pipeline = StableDiffusion3Pipeline.from_pretrained(
-            model_dir, variant=args.variant, dtype=weight_dtype, use_safetensors=True, **missing
-        )
+        for part in used:
+            if part.startswith("text_encoder"):
+                encoder = getattr(transformers, classes[part][1])
+                parts[part] = load_part(encoder, model_dir, part, args.variant, dtype=weight_dtype)
+        pipeline = StableDiffusion3Pipeline.from_pretrained(model_dir, **parts)
     # `encode_prompt` asks the transformer for nothing but this width, of the zeros in place of a missing T5.
     pipeline.transformer = SimpleNamespace(config=SimpleNamespace(joint_attention_dim=joint_attention_dim))
     for encoder in (pipeline.text_encoder, pipeline.text_encoder_2, pipeline.text_encoder_3):
@@ -1683,7 +1724,7 @@ def log_validation(args, accelerator, transformer, vae, model_dir, prompt_embeds
     Returns:
         `dict[str, list[PIL.Image.Image]]`: the images of each prompt, on every process; none where it failed.
     """
-    scheduler = diffusers.FlowMatchEulerDiscreteScheduler.from_pretrained(model_dir, subfolder="scheduler")
+    scheduler = read_scheduler(model_dir)
     options = {name: getattr(args, name) for name in ("num_inference_steps", "guidance_scale", "max_sequence_length")}
     unwrapped = accelerator.unwrap_model(transformer)
     pipeline = StableDiffusion3Pipeline(unwrapped, scheduler, vae, **dict.fromkeys(TEXT_PARTS))

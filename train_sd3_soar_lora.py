@@ -149,7 +149,7 @@ def parse_args(input_args=None):
     add = parser.add_argument_group("training").add_argument
     add("--output_dir", default="sd3-soar-lora")
     add("--overwrite_output_dir", action="store_true", help="Delete the result and checkpoints of another run there.")
-    add("--seed", type=number(int, 0), help="Drawn and logged when absent.")
+    add("--seed", type=number(int, 0, 2**63 - 1), help="Drawn and logged when absent.")
     add("--train_batch_size", type=number(int, 1), default=4, help="Images per process and forward.")
     add("--gradient_accumulation_steps", type=number(int, 1), default=1)
     add("--num_train_epochs", type=number(int, 1), default=1)
@@ -183,10 +183,10 @@ def parse_args(input_args=None):
     add("--offload_ema", action="store_true", help="With --use_ema: keep it on the CPU between steps.")
 
     add = parser.add_argument_group("LoRA").add_argument
-    add("--lora", help="Folder or hub id of a LoRA to go on with: rank, alpha and layers are its own.")
+    add("--lora", help="Folder, file or hub id of a LoRA to go on with: rank, alpha and layers are its own.")
     add("--rank", type=number(int, 1), default=32)
-    add("--lora_alpha", type=number(float, 0), help="The update is scaled by alpha / rank. Default: --rank.")
-    add("--lora_dropout", type=number(float, 0, 1), default=0.0)
+    add("--lora_alpha", type=number(float, 1e-6), help="The update is scaled by alpha / rank. Default: --rank.")
+    add("--lora_dropout", type=number(float, 0, 0.99999), default=0.0)
     add("--lora_layers", help="Comma-separated names, such as attn.to_q,attn.to_v. Default: all attention layers.")
     add("--lora_blocks", help="Comma-separated numbers of transformer blocks. Default: all.")
     add("--use_dora", action="store_true", help="DoRA: train the weights' magnitudes too.")
@@ -198,8 +198,13 @@ def parse_args(input_args=None):
     add("--num_rollout_paths", type=number(int, 1), default=1, help="M: the ODE step, and M - 1 stochastic ones.")
     add("--num_sampling_steps", type=number(int, 1, 1000), default=40, help="K: the rollout is one step of K.")
     add("--cfg_scale_sampling", type=number(), default=4.5, help="Guidance of the rollout step.")
-    add("--sde_rollout_type", choices=soar_utils.STOCHASTIC_ROLLOUTS, default="flow_sde", help="Of paths 1 to M-1.")
-    add("--sde_noise_scale", type=number(float, 0, 1), default=0.5, help="Their strength.")
+    add(
+        "--sde_rollout_type",
+        choices=soar_utils.STOCHASTIC_ROLLOUTS,
+        default="flow_sde",
+        help="With --num_rollout_paths: of 1 to M-1.",
+    )
+    add("--sde_noise_scale", type=number(float, 0, 1), default=0.5, help="With --num_rollout_paths: their strength.")
     add("--sigma_upper_ratio", type=number(float, 1), help="Auxiliary sigmas up to RATIO * sigma. Default: up to 1.")
     add("--aux_batch_size", type=number(int, 1), help="Auxiliary points per forward. Default: --train_batch_size.")
 
@@ -218,7 +223,7 @@ def parse_args(input_args=None):
     add("--validation_width", type=number(int, 16), help="With --validation_prompt: pixels. Default: --resolution.")
     add("--num_inference_steps", type=number(int, 1), default=40, help="With --validation_prompt: of each image.")
     add("--guidance_scale", type=number(), default=4.5, help="With --validation_prompt: its guidance.")
-    add("--skip_final_inference", action="store_true", help="With --validation_prompt: not at the end.")
+    add("--skip_final_inference", action="store_true", help="No validation images at the end.")
 
     add = parser.add_argument_group("logging and hub").add_argument
     add("--report_to", choices=["none", "all", *LOGGER_TYPE_TO_CLASS], default="tensorboard")
@@ -377,7 +382,7 @@ def main(args):
     train_dataset = TrainingImages(args, rows, inspected, encoder_digests)
     run_on_main(accelerator, report_truncation, args, model_dir, inspected)
     with loading(args.pretrained_model_name_or_path):
-        vae = AutoencoderKL.from_pretrained(model_dir, subfolder="vae", variant=args.variant, use_safetensors=True)
+        vae = load_part(AutoencoderKL, model_dir, "vae", args.variant)
     vae.requires_grad_(False).eval().to("cpu" if args.cache_latents or args.offload else device)
     prompts = ["", *args.validation_prompt]
     if args.cache_latents or args.cache_prompt_embeds:
@@ -560,7 +565,8 @@ def check_args(parser, args):
     for action in parser._actions:  # where a flag needs another, its help says so first, and nothing else does
         for flag, value in re.findall(r"^With --(\w+) ?(\w*):", action.help or ""):
             acts = getattr(args, flag) == value if value else getattr(args, flag) != parser.get_default(flag)
-            if not acts and getattr(args, action.dest) != action.default:
+            asked = getattr(args, action.dest) != action.default
+            if asked and not acts and (flag, getattr(args, action.dest)) != ("validation_prompt", 0):  # 0 images
                 parser.error(f"{action.option_strings[0]} has no effect without --{f'{flag} {value}'.strip()}")
     if sum(getattr(args, flag) is not None for flag in ("dataset_name", "train_data_dir", "jsonl_path")) != 1:
         parser.error("give exactly one of --dataset_name, --train_data_dir and --jsonl_path")
@@ -574,6 +580,9 @@ def check_args(parser, args):
         parser.error("--hub_token: other trackers than TensorBoard keep the command line. Use `hf auth login` instead")
     if args.lr_warmup_steps > 0 and args.lr_scheduler in ("constant", "piecewise_constant"):
         parser.error("--lr_warmup_steps has no effect without another --lr_scheduler: see constant_with_warmup")
+    strength = parser.get_default("sde_noise_scale")
+    if getattr(args, "sde_rollout_type", "") == "sde" and args.sde_noise_scale != strength:
+        parser.error("--sde_noise_scale has no effect with --sde_rollout_type sde, which renews all of the noise")
     args.validation_height = args.validation_height or args.resolution
     args.validation_width = args.validation_width or args.resolution
     try:
@@ -709,6 +718,8 @@ def make_accelerator(args):
     if (started := int(os.environ.get("WORLD_SIZE", 1))) > accelerator.num_processes:
         why = "PyTorch sees no GPU here. Mend its installation, start one process, or set ACCELERATE_USE_CPU=true"
         fail(f"the launcher started {started} processes, and each takes itself for the only one, as {why}")
+    if accelerator.state.dynamo_plugin.backend != accelerate.utils.DynamoBackend.NO:  # it would rename all weights
+        fail("to compile give --torch_compile, and not accelerate's `dynamo_config` or ACCELERATE_DYNAMO_BACKEND")
     deepspeed = accelerator.state.deepspeed_plugin
     if deepspeed is not None:  # it would read this from a prepared data loader
         deepspeed.deepspeed_config["train_micro_batch_size_per_gpu"] = args.train_batch_size
@@ -767,7 +778,7 @@ def check_model(args):
         if not StableDiffusion3Pipeline.load_config(model_dir)["_class_name"].startswith("StableDiffusion3"):
             raise ValueError("its model_index.json names another pipeline")
         transformer = SD3Transformer2DModel.load_config(started or model_dir, subfolder="transformer")
-        scheduler = diffusers.FlowMatchEulerDiscreteScheduler.load_config(model_dir, subfolder="scheduler")
+        scheduler = read_scheduler(model_dir).config
         vae = AutoencoderKL.load_config(model_dir, subfolder="vae")
         if not args.no_text_encoder_3 and StableDiffusion3Pipeline.load_config(model_dir)["text_encoder_3"][0] is None:
             raise ValueError("it has no T5: give --no_text_encoder_3")
@@ -779,7 +790,7 @@ def check_model(args):
         patch, dim = vae_scale_factor * transformer["patch_size"], transformer["joint_attention_dim"]
         model_config = {
             "folder": model_dir,
-            "shift": scheduler.get("shift", 1.0),
+            "shift": scheduler.shift,
             "latent_channels": vae["latent_channels"],
             "vae_scale_factor": vae_scale_factor,
             "divisor": math.lcm(16, patch),
@@ -788,7 +799,7 @@ def check_model(args):
             "embeds_size": dim * (77 + args.max_sequence_length) + transformer["pooled_projection_dim"],
             "trained": sum(trained_layers(args, transformer).values()),
         }
-    if scheduler.get("use_dynamic_shifting"):
+    if scheduler.use_dynamic_shifting:
         fail(f"{name}: its scheduler uses dynamic shifting; these scripts need a constant `shift`, as SD3.5 has")
     for side in {args.validation_height, args.validation_width}.union(*training_sizes(args)):
         check_side(side, model_config, "--resolution, --validation_ or --aspect_ratio_buckets")
@@ -802,19 +813,51 @@ def check_side(side, model_config, what):
         fail(f"{what}: side {side} must be divisible by {divisor} and at most {max_side} for this model")
 
 
+def read_scheduler(model_dir):
+    """The noise levels of the pipeline, for Euler's steps. `ValueError`: its scheduler is no flow's, with a shift."""
+    name = StableDiffusion3Pipeline.load_config(model_dir)["scheduler"][1]
+    config = diffusers.FlowMatchEulerDiscreteScheduler.load_config(model_dir, subfolder="scheduler")
+    if not name.startswith("FlowMatch"):
+        if not config.get("use_flow_sigmas"):
+            raise ValueError(f"its {name} has no shift: save it with a FlowMatchEulerDiscreteScheduler")
+        config["shift"] = config["flow_shift"]
+    return diffusers.FlowMatchEulerDiscreteScheduler.from_config(config)
+
+
 def download_model(args, model_dir):
     """Fetch from the hub what this run needs of the model and the cache does not hold, and nothing else."""
     unused = {*TEXT_PARTS} - {*text_parts(args.no_text_encoder_3)} | ({"transformer"} if args.transformer else set())
     options = {"revision": args.revision, "variant": args.variant, "use_safetensors": True} | dict.fromkeys(unused)
-    if model_dir != (name := args.pretrained_model_name_or_path):
+    name = args.pretrained_model_name_or_path
+    if model_dir != name:
         what = f"--pretrained_model_name_or_path {name} cannot be loaded"
         ask_hub(what, StableDiffusion3Pipeline.download, name, **options)
+    if args.variant and not any(Path(model_dir).glob(f"*/*.{args.variant}[.-]*safetensors")):
+        fail(f"--variant {args.variant}: {name} has no weights of that name")
+
+
+def load_part(model_class, folder, part, variant=None, **options):
+    """
+    A part of a pipeline, from files of `variant` where it has any, as [`DiffusionPipeline.from_pretrained`] does it.
+    `ValueError`: they lack a tensor, which the libraries would leave empty, or draw at random.
+    """
+    if variant and not any(Path(folder, part).glob(f"*.{variant}[.-]*safetensors")):
+        variant = None
+    options |= {"subfolder": part, "variant": variant, "use_safetensors": True, "output_loading_info": True}
+    model, report = model_class.from_pretrained(folder, **options)
+    if report["missing_keys"]:
+        raise ValueError(f"the weights in {folder}/{part} lack {min(report['missing_keys'])}")
+    return model
 
 
 def trained_layers(args, config):
-    """The LoRA's layers, and how many parameters each has. Refuses what the model has not, and wrong quantisations."""
-    if args.lora and (args.rank != 32 or args.lora_alpha or args.lora_dropout or args.lora_layers or args.lora_blocks):
-        fail(f"--lora {args.lora} has a rank, an alpha and layers: leave out --rank and all --lora_ flags")
+    """
+    The LoRA's layers, or the tensors of --lora, and how many parameters each has. Refuses what the model has not, and
+    wrong quantisations.
+    """
+    shape = (args.rank != 32, args.lora_alpha, args.lora_dropout, args.lora_layers, args.lora_blocks, args.use_dora)
+    if args.lora and any(shape):
+        fail(f"--lora {args.lora} has a rank, layers and so on: leave out --rank and all --lora_ flags and --use_dora")
     if args.bnb_quantization_config_path:
         what = f"--bnb_quantization_config_path {args.bnb_quantization_config_path}"
         if os.environ.get("ACCELERATE_USE_FSDP") == "true":
@@ -827,6 +870,9 @@ def trained_layers(args, config):
             fail(f"{what}: bitsandbytes quantises on a GPU, and there is none")
     with torch.device("meta"):
         skeleton = SD3Transformer2DModel.from_config(config, pos_embed_max_size=config["sample_size"])
+    if args.lora:
+        with failing_with(f"--lora {args.lora}"), torch.device("meta"):
+            return {name: tensor.numel() for name, tensor in load_lora(skeleton, args.lora).items()}
     kinds = torch.nn.Linear | torch.nn.Conv2d
     layers = {f".{name}": module.weight for name, module in skeleton.named_modules() if isinstance(module, kinds)}
     # By default all attention layers: SD3.5-Medium has a second attention, attn2, in half the blocks.
@@ -843,7 +889,7 @@ def trained_layers(args, config):
     return {name[1:]: args.rank * (w[0].numel() + len(w)) + args.use_dora * len(w) for name, w in layers.items()}
 
 
-def read_transformer(folder, dtype, empty=False, **options):
+def read_transformer(folder, dtype, empty=False, variant=None, **options):
     """The `SD3Transformer2DModel` in `folder`; `empty`, with memory for its weights that nothing has touched."""
     if empty:
         with torch.device("meta"):
@@ -851,8 +897,52 @@ def read_transformer(folder, dtype, empty=False, **options):
             return SD3Transformer2DModel.from_config(config).to(dtype).to_empty(device="cpu")
     # The file has the position table, which diffusers would compute before: 3 s, 3.4 GiB.
     with contextlib.nullcontext() if options.get("quantization_config") else torch.device("meta"):
-        options |= {"subfolder": "transformer", "dtype": dtype, "use_safetensors": True}
-        return SD3Transformer2DModel.from_pretrained(folder, **options)
+        return load_part(SD3Transformer2DModel, folder, "transformer", variant, dtype=dtype, **options)
+
+
+LORA_FILES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")  # diffusers' name, and PEFT's
+
+
+def load_lora(transformer, name):
+    """
+    Put the LoRA of a folder, a file or the hub into `transformer`, whole, in the type of the weights that it lies on.
+    Returns its tensors, by PEFT's names. `ValueError`: it is another model's, or in names of another kind.
+    """
+    path = Path(name if os.path.isfile(name) else fetch("lora", name, [*LORA_FILES, "adapter_config.json"]))
+    files = [file for file in (path, *(path / file for file in LORA_FILES)) if file.is_file()]
+    if not files:
+        raise ValueError(f"no {' or '.join(LORA_FILES)} is there; if it has another name, give the file")
+    with safe_open(files[0], "pt") as file:
+        config = json.loads((file.metadata() or {}).get("lora_adapter_metadata", "{}"))
+        state = diffusers.utils.convert_unet_state_dict_to_peft({key: file.get_tensor(key) for key in file.keys()})
+    if files[0].name == LORA_FILES[1]:
+        config = LoraConfig.from_json_file(files[0].with_name("adapter_config.json"))
+        config = LoraConfig.from_peft_type(**config).to_dict()
+    left_out, checking = [key for key in state if key.startswith("text_encoder")], transformer.device.type == "meta"
+    if left_out and checking:  # to train, it is loaded again
+        logger.warning(f"--lora {name}: {len(left_out)} tensors of text encoders are left out: they are not trained.")
+    state, config = (
+        {re.sub(r"^(base_model\.model\.)?(transformer\.)?", "", k): v for k, v in d.items() if "text_encoder" not in k}
+        for d in (state, config)
+    )
+    for key in [key for key in state if key.endswith(".alpha")]:
+        up, config = key.replace(".alpha", ".lora_B.weight"), {}
+        if up in state:
+            state[up] = state[up].float() * (state.pop(key).item() / state[up].shape[1])
+    modules, layers = dict(transformer.named_modules()), {key: key.partition(".lora_")[0] for key in state}
+    if unknown := [k for k in state if layers[k] not in modules or f"{layers[k]}.lora_B.weight" not in state]:
+        names = "diffusers' names; examples/convert_for_ui.py makes them of kohya's"
+        raise ValueError(f"{unknown[0]} is no LoRA of a layer of this model, in {names}")
+    if not state:
+        raise ValueError("it holds nothing for the transformer")
+    if config:
+        layers = sorted({*layers.values()})  # PEFT may have a pattern there, and freezes what it has saved
+        config |= {"target_modules": layers, "inference_mode": False, "base_model_name_or_path": None}
+    options = {"adapter_name": "default", "metadata": config or None, "low_cpu_mem_usage": checking}
+    transformer.load_lora_adapter(state, prefix=None, **options)
+    if different := state.keys() ^ get_peft_model_state_dict(transformer).keys():
+        raise ValueError(f"it is of another kind, or not whole: see {min(different)}")
+    return state
 
 
 def load_transformer(args, model_dir, weight_dtype, checkpoint=None, empty=False, merged=None):
@@ -860,22 +950,17 @@ def load_transformer(args, model_dir, weight_dtype, checkpoint=None, empty=False
     The `SD3Transformer2DModel` to train: frozen in `weight_dtype`, quantised where asked, or `empty`, with a LoRA in
     float32; this from `checkpoint` of [`save_transformer`], if there is one. A LoRA `merged` becomes part of the base.
     """
-    source = {"weight_name": "pytorch_lora_weights.safetensors", "return_lora_metadata": True}
     options = {"variant": None if args.transformer else args.variant}
     if bits := args.bnb_quantization_config_path:
         options["quantization_config"] = diffusers.BitsAndBytesConfig(**json.loads(Path(bits).read_text()))
     transformer = read_transformer(args.transformer or model_dir, weight_dtype, empty, **options).requires_grad_(False)
     if merged:
-        state, metadata = StableDiffusion3Pipeline.lora_state_dict(merged, **source)
-        transformer.load_lora_adapter(state, metadata=metadata)
+        load_lora(transformer, merged)
         transformer.fuse_lora()
         transformer.unload_lora()
     torch.manual_seed(args.seed)
     if started := checkpoint or args.lora:  # its file says what layers and ranks it has
-        state, metadata = StableDiffusion3Pipeline.lora_state_dict(started, **source)
-        transformer.load_lora_adapter(state, adapter_name="default", metadata=metadata)
-        if not getattr(transformer, "peft_config", None):  # diffusers only logs it
-            raise ValueError(f"{started} holds nothing for the transformer")
+        state = load_lora(transformer, started)
     else:
         options = {"lora_dropout": args.lora_dropout, "use_dora": args.use_dora, "init_lora_weights": "gaussian"}
         alpha, layers = args.lora_alpha, [*trained_layers(args, transformer.config)]
@@ -883,7 +968,7 @@ def load_transformer(args, model_dir, weight_dtype, checkpoint=None, empty=False
         transformer.add_adapter(LoraConfig(r=args.rank, lora_alpha=alpha, target_modules=layers, **options))
     training_utils.cast_training_params(transformer)
     if started:  # once more, for it took the type of the base on its way
-        set_peft_model_state_dict(transformer, {name.removeprefix("transformer."): t for name, t in state.items()})
+        set_peft_model_state_dict(transformer, state)
     return transformer
 
 
@@ -1308,11 +1393,14 @@ def text_parts(no_text_encoder_3):
 
 def load_text_encoders(args, model_dir, weight_dtype, joint_attention_dim, device):
     """The `StableDiffusion3Pipeline` without its transformer and VAE, whose text encoders compute on `device`."""
-    missing = dict.fromkeys({"transformer", "vae", *TEXT_PARTS} - {*text_parts(args.no_text_encoder_3)})
+    used, classes = text_parts(args.no_text_encoder_3), StableDiffusion3Pipeline.load_config(model_dir)
+    parts = dict.fromkeys({"transformer", "vae", *TEXT_PARTS} - {*used})
     with loading(args.pretrained_model_name_or_path):
-        pipeline = StableDiffusion3Pipeline.from_pretrained(
-            model_dir, variant=args.variant, dtype=weight_dtype, use_safetensors=True, **missing
-        )
+        for part in used:
+            if part.startswith("text_encoder"):
+                encoder = getattr(transformers, classes[part][1])
+                parts[part] = load_part(encoder, model_dir, part, args.variant, dtype=weight_dtype)
+        pipeline = StableDiffusion3Pipeline.from_pretrained(model_dir, **parts)
     # `encode_prompt` asks the transformer for nothing but this width, of the zeros in place of a missing T5.
     pipeline.transformer = SimpleNamespace(config=SimpleNamespace(joint_attention_dim=joint_attention_dim))
     for encoder in (pipeline.text_encoder, pipeline.text_encoder_2, pipeline.text_encoder_3):
@@ -1749,7 +1837,7 @@ def log_validation(args, accelerator, transformer, vae, model_dir, prompt_embeds
     Returns:
         `dict[str, list[PIL.Image.Image]]`: the images of each prompt, on every process; none where it failed.
     """
-    scheduler = diffusers.FlowMatchEulerDiscreteScheduler.from_pretrained(model_dir, subfolder="scheduler")
+    scheduler = read_scheduler(model_dir)
     options = {name: getattr(args, name) for name in ("num_inference_steps", "guidance_scale", "max_sequence_length")}
     unwrapped = accelerator.unwrap_model(transformer)
     pipeline = StableDiffusion3Pipeline(unwrapped, scheduler, vae, **dict.fromkeys(TEXT_PARTS))

@@ -137,7 +137,7 @@ def encode_samples(args, model_config, images, dtype, device):
     """
     base = args.pretrained_model_name_or_path
     with script.loading(base):
-        vae = AutoencoderKL.from_pretrained(base, subfolder="vae", use_safetensors=True).requires_grad_(False)
+        vae = script.load_part(AutoencoderKL, base, "vae").requires_grad_(False)
     vae.to("cpu" if args.offload else device)
     text_encoders = script.load_text_encoders(args, base, dtype, model_config["joint_attention_dim"], device)
     null_embeds = script.encode_prompts(text_encoders, [""], args.max_sequence_length, device)

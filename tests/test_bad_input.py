@@ -17,10 +17,17 @@ from pathlib import Path
 import filelock
 import pytest
 import torch
-from diffusers import AutoencoderKL, SD3Transformer2DModel, StableDiffusion3Pipeline
+from diffusers import (
+    AutoencoderKL,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+    UniPCMultistepScheduler,
+)
 from harness import ROOT, SCRIPTS, equal, finish, start_two
 from PIL import Image, ImageFile
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 
 SFT, SOAR, LORA = SCRIPTS
@@ -175,6 +182,13 @@ def test_exactly_one_data_source(script, sources, capsys):
         (["--hub_token", "hf_x", "--report_to", "wandb"], ["--hub_token", "hf auth login"]),
         (["--hub_token", "hf_x", "--report_to", "all"], ["--hub_token", "hf auth login"]),
         (["--num_sampling_steps", "1001"], ["--num_sampling_steps", "1000"]),
+        (["--seed", str(2**63)], ["--seed", "from 0 to 9223372036854775807"]),
+        (["--sde_rollout_type", "cps"], ["--sde_rollout_type has no effect without --num_rollout_paths"]),
+        (["--sde_noise_scale", "0.7"], ["--sde_noise_scale has no effect without --num_rollout_paths"]),
+        (
+            ["--num_rollout_paths", "2", "--sde_rollout_type", "sde", "--sde_noise_scale", "0.7"],
+            ["--sde_noise_scale has no effect with --sde_rollout_type sde"],
+        ),
         (["--report_to", "notes"], ["--report_to", "'notes'", "'tensorboard'"]),
         (["--report_to", "trackio"], ["--report_to trackio", "pip install trackio"]),
         (["--max_train_step", "5"], ["--max_train_step"]),
@@ -231,20 +245,20 @@ def test_flags_without_effect(script, tmp_path, capsys, monkeypatch):
     module.parse_args(needed)
     names = []
     for action in parsers[0]._actions:
-        for flag, value in re.findall(r"^With --(\w+) ?(\w*):", action.help or ""):
+        for flag, needs in re.findall(r"^With --(\w+) ?(\w*):", action.help or ""):
             name = action.option_strings[-1]  # of a pair the one that is not the default
-            given = (
-                [name] if action.nargs == 0 else [name, "0.5" if name in ("--prodigy_beta3", "--ema_decay") else "16"]
-            )
+            fraction = name in ("--prodigy_beta3", "--ema_decay", "--sde_noise_scale")
+            value = "0.25" if fraction else "cps" if action.choices else "16"
+            given = [name] if action.nargs == 0 else [name, value]
             names.append(action.option_strings[0])
             with pytest.raises(SystemExit, match="2"):
                 # The noise levels' default is what two of the flags belong to.
                 module.parse_args(
-                    [*needed, *given, *(["--weighting_scheme", "none"] if value == "logit_normal" else [])]
+                    [*needed, *given, *(["--weighting_scheme", "none"] if needs == "logit_normal" else [])]
                 )
-            without = f"--{flag} {value}".strip()
+            without = f"--{flag} {needs}".strip()
             assert f"{names[-1]} has no effect without {without}" in capsys.readouterr().err
-            other = {"use_ema": [], "push_to_hub": []}.get(flag, [value or "x"])
+            other = {"use_ema": [], "push_to_hub": [], "num_rollout_paths": ["2"]}.get(flag, [needs or "x"])
             with contextlib.suppress(SystemExit):  # for another reason, such as two data sets
                 module.parse_args([*needed, *given, f"--{flag}", *other])
             assert "has no effect" not in capsys.readouterr().err
@@ -561,6 +575,129 @@ def test_damaged_weights(refuse, pipeline, tmp_path):
     file.write_bytes(file.read_bytes()[:5000])
     message = refuse(SFT, "--pretrained_model_name_or_path", model, after_loading=True)
     assert f"--pretrained_model_name_or_path {model}" in message
+
+
+@pytest.mark.parametrize("script", [SFT, LORA])
+@pytest.mark.parametrize("part", ["transformer", "vae", "text_encoder", "text_encoder_3"])
+def test_weights_without_one_tensor(part, script, refuse, pipeline, tmp_path):
+    """Neither left empty nor drawn at random, as the libraries would: the folder and the tensor are named."""
+    model = tmp_path / "model"
+    shutil.copytree(pipeline, model)
+    (file,) = (model / part).glob("*.safetensors")
+    state = load_file(file)
+    lost = sorted(state)[len(state) // 2]
+    save_file({name: tensor for name, tensor in state.items() if name != lost}, file, {"format": "pt"})
+    message = refuse(script, "--pretrained_model_name_or_path", model, after_loading=True)
+    assert f"--pretrained_model_name_or_path {model}" in message
+    assert f"the weights in {model / part} lack {lost}" in message
+
+
+@pytest.mark.parametrize("script", [SFT, LORA])
+def test_a_variant_that_no_part_has(script, refuse, pipeline):
+    message = refuse(script, "--variant", "fp17")
+    assert message == f"error: --variant fp17: {pipeline} has no weights of that name"
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "reason"),
+    [
+        (EulerDiscreteScheduler(), "its EulerDiscreteScheduler has no shift"),
+        (DPMSolverMultistepScheduler(), "its DPMSolverMultistepScheduler has no shift"),
+        (UniPCMultistepScheduler(use_flow_sigmas=True, use_dynamic_shifting=True), "dynamic shifting"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_a_scheduler_without_a_shift(scheduler, reason, refuse, pipeline, tmp_path):
+    """No noise levels are guessed for a pipeline whose own are not those of a flow, or no constant ones."""
+    model = tmp_path / "model"
+    shutil.copytree(pipeline, model)
+    StableDiffusion3Pipeline.from_pretrained(pipeline, scheduler=scheduler).save_pretrained(model)
+    message = refuse(SFT, "--pretrained_model_name_or_path", model)
+    assert str(model) in message and reason in message
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_accelerates_compiler(script, refuse, monkeypatch):
+    """It would give all saved weights names that no program knows."""
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "eager")
+    message = refuse(script)
+    assert "--torch_compile" in message and "dynamo_config" in message and "ACCELERATE_DYNAMO_BACKEND" in message
+
+
+LAYER = "transformer_blocks.0.attn.to_q"
+SHAPES = {"A": (2, 32), "B": (32, 2)}
+ONE = {f"transformer.{LAYER}.lora_{part}.weight": torch.ones(shape) for part, shape in SHAPES.items()}
+MAGNITUDE = {f"transformer.{LAYER}.lora_magnitude_vector": torch.ones(32)}
+OTHER = {name.replace("to_q", "to_k"): tensor.clone() for name, tensor in ONE.items()}
+FLUX = {name.replace("transformer_b", "single_transformer_b"): tensor.clone() for name, tensor in ONE.items()}
+NO_LORA, ELSE = "is no LoRA of a layer of this model", "it is of another kind, or not whole"
+LORAS = {
+    "LoKr": ({f"transformer.{LAYER}.lokr_w{i}": torch.ones(4, 4) for i in (1, 2)}, NO_LORA),
+    "LoHa": ({f"transformer.{LAYER}.hada_w{i}": torch.ones(2, 32) for i in ("1_a", "1_b", "2_a", "2_b")}, NO_LORA),
+    "kohya": ({"lora_unet_joint_blocks_0_x_block_attn_qkv.lora_down.weight": torch.ones(2, 32)}, "convert_for_ui.py"),
+    "LyCORIS": ({f"lycoris_{LAYER.replace('.', '_')}.lora_down.weight": torch.ones(2, 32)}, NO_LORA),
+    "another model": (ONE | FLUX, NO_LORA),
+    "another width": ({k: torch.ones([3 * n // 2 for n in v.shape]) for k, v in ONE.items()}, "size mismatch"),
+    "text encoders": ({k.replace("transformer.", "text_encoder.", 1): v for k, v in ONE.items()}, "holds nothing"),
+    "nothing": ({}, "holds nothing"),
+    "no B": (dict([*ONE.items()][:1]), NO_LORA),
+    "no A": (ONE | dict([*OTHER.items()][1:]), ELSE),
+    "a part of a DoRA": (ONE | OTHER | MAGNITUDE, ELSE),
+    "alpha of nothing": (ONE | {"transformer.proj_out.alpha": torch.tensor(1.0)}, NO_LORA),
+}
+
+
+@pytest.mark.parametrize("kind", LORAS)
+@pytest.mark.parametrize("resumed", [False, True])
+def test_a_lora_that_is_none(kind, resumed, refuse, tmp_path):
+    """What would be dropped, drawn at random, or trained to what no pipeline loads is refused by the flag's name."""
+    (tmp_path / "lora").mkdir()
+    save_file(LORAS[kind][0], tmp_path / "lora" / "pytorch_lora_weights.safetensors")
+    more = ["--resume_from_checkpoint", "latest"] if resumed else []
+    message = refuse(LORA, "--lora", tmp_path / "lora", *more)
+    assert message.startswith(f"error: --lora {tmp_path / 'lora'}: ") and LORAS[kind][1] in message
+
+
+def test_a_lora_that_cannot_be_read(refuse, tmp_path):
+    """A file under another name, one that is pickled, damaged ones, and a name that the hub does not have."""
+    folder = tmp_path / "lora"
+    folder.mkdir()
+    file = folder / "pytorch_lora_weights.safetensors"
+    save_file(ONE, folder / "mine.safetensors")
+    torch.save(ONE, folder / "pytorch_lora_weights.bin")
+    assert "if it has another name, give the file" in refuse(LORA, "--lora", folder)
+    assert "header" in refuse(LORA, "--lora", folder / "pytorch_lora_weights.bin")
+    file.write_bytes(b"damaged")
+    assert refuse(LORA, "--lora", folder).startswith(f"error: --lora {folder}: ")
+    save_file(ONE, file, {"lora_adapter_metadata": json.dumps({"transformer.r": 3})})
+    assert "size mismatch" in refuse(LORA, "--lora", folder)
+    save_file(ONE, file, {"lora_adapter_metadata": "{"})
+    assert refuse(LORA, "--lora", folder).startswith(f"error: --lora {folder}: ")
+    file.unlink()
+    save_file(ONE, folder / "adapter_model.safetensors")
+    assert "adapter_config.json" in refuse(LORA, "--lora", folder)
+    assert refuse(LORA, "--lora", "nobody/nothing").startswith("error: --lora nobody/nothing cannot be loaded")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "named"),
+    [
+        (["--lora", "{lora}", "--use_dora"], 1, "leave out --rank and all --lora_ flags and --use_dora"),
+        (["--lora", "{lora}", "--rank", "4"], 1, "leave out --rank and all --lora_ flags"),
+        (["--lora", "{lora}", "--lora_alpha", "32"], 1, "leave out --rank and all --lora_ flags"),
+        (["--lora", "{lora}", "--lora_dropout", "0.1"], 1, "leave out --rank and all --lora_ flags"),
+        (["--lora", "{lora}", "--lora_layers", "attn.to_q"], 1, "leave out --rank and all --lora_ flags"),
+        (["--lora", "{lora}", "--lora_blocks", "0"], 1, "leave out --rank and all --lora_ flags"),
+        (["--lora_alpha", "0"], 2, "--lora_alpha"),
+        (["--lora_dropout", "1"], 2, "--lora_dropout"),
+    ],
+    ids=str,
+)
+def test_a_lora_that_would_not_train(arguments, code, named, refuse, tmp_path):
+    """With an alpha of 0 or all of the input dropped, B stays 0 while the loss looks as it should."""
+    (tmp_path / "lora").mkdir()
+    save_file(ONE, tmp_path / "lora" / "pytorch_lora_weights.safetensors")
+    assert named in refuse(LORA, *(word.format(lora=tmp_path / "lora") for word in arguments), code=code)
 
 
 @pytest.mark.parametrize(

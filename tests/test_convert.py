@@ -110,6 +110,36 @@ def test_some_of_query_key_and_value(run, pipeline):
     assert (change[32:64] == 0).all() and change[:32].any() and change[64:].any()
 
 
+def test_a_lora_in_kohyas_names_and_back(lora, pipeline, run, tmp_path, capsys):
+    """What training goes on with has the effect of the file, to the last of its ranks."""
+    with safe_open(lora / "checkpoint-2" / "pytorch_lora_weights.safetensors", "pt") as file:
+        metadata = json.loads(file.metadata()["lora_adapter_metadata"])
+    state = convert_for_ui.convert_lora(weights(lora / "checkpoint-2"), metadata)
+    key = "lora_unet_joint_blocks_0_x_block_mlp_fc1"
+    for name in (key, "lora_unet_joint_blocks_1_x_block_attn_qkv"):  # its strength elsewhere: the same effect
+        state[f"{name}.lora_up.weight"] *= 4
+        state[f"{name}.alpha"] /= 4
+    del state["lora_unet_joint_blocks_1_context_block_mlp_fc1.alpha"]  # none is 1
+    save_file(state | {"lora_te1_text_model.lora_down.weight": torch.ones(2, 2)}, tmp_path / "kohya.safetensors")
+    file = tmp_path / "lora" / "pytorch_lora_weights.safetensors"
+    file.parent.mkdir()
+    convert_for_ui.main([str(tmp_path / "kohya.safetensors"), str(file)])
+    assert "1 tensors of text encoders are left out" in capsys.readouterr().out
+    back, trained = weights(file.parent), weights(lora)
+    trained = {name: t for name, t in trained.items() if "2.attn.add_q_proj" not in name}  # it has no effect, ever
+    assert {name: tensor.shape for name, tensor in back.items()} == {name: t.shape for name, t in trained.items()}
+    one, other = merged(pipeline, file.parent), merged(pipeline, lora)
+    assert all(torch.allclose(one[name], other[name], rtol=0, atol=1e-6) for name in one)
+    out = run("train_sd3_soar_lora", "--lora", file.parent, "--learning_rate", 0, "--output_dir", tmp_path / "out2")
+    assert all(torch.equal(tensor, back[name]) for name, tensor in weights(out).items())
+    for name in (f"{key}.dora_scale", f"{key}.hada_w1_a", "lora_unet_input_blocks_1.lora_down.weight"):
+        save_file(state | {name: torch.ones(2, 2)}, tmp_path / "kohya.safetensors")
+        with pytest.raises(SystemExit):
+            convert_for_ui.main([str(tmp_path / "kohya.safetensors"), str(tmp_path / "no.safetensors")])
+        message = capsys.readouterr().err
+        assert f"no LoRA of a Stable Diffusion 3 transformer in kohya's names: {name}" in message
+
+
 def weights_of(pipeline):
     return convert_for_ui.convert_transformer(weights(pipeline))
 

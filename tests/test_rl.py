@@ -947,6 +947,10 @@ def test_groups_are_not_shared_out_unequally(train, tmp_path):
         (["--held_out_prompts", "{folder}/prompts.txt"], "has 3 prompts of .*prompts.txt, such as 'a red square'"),
         (["--held_out_prompts", "{folder}/test.txt"], "has 1 prompts of .*test.txt, such as 'a dog'"),
         (["--prompts", "{folder}/empty.txt"], "empty.txt has none"),
+        (
+            ["--lora", "{folder}"],
+            "--lora .*: no pytorch_lora_weights.safetensors or adapter_model.safetensors is there",
+        ),
         (["--prompts", "{folder}/bad.jsonl"], "bad.jsonl, line 1 has no `prompt`"),
     ],
 )

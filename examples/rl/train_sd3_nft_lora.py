@@ -34,7 +34,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import accelerate
-import diffusers
 import torch
 from diffusers import AutoencoderKL, training_utils
 from PIL import Image, ImageDraw
@@ -268,6 +267,9 @@ def main(args):
 
     # Everything that can be wrong with the input, before any model loads
     model_config = script.run_on_each(accelerator, script.check_model, args)
+    if merged:  # and whether it is a LoRA of this model, by the check of a run that goes on with it
+        alone = {"lora": merged, "rank": 32, "lora_alpha": None, "lora_layers": None, "lora_blocks": None}
+        script.run_on_each(accelerator, script.check_model, argparse.Namespace(**vars(args) | alone))
     model_dir = model_config["folder"]
     script.check_folders(accelerator, args)
     checkpoint, saved_state = script.run_on_main(accelerator, script.find_checkpoint, args)
@@ -297,7 +299,7 @@ def main(args):
     digests = script.run_on_main(accelerator, script.digest_encoders, args, model_dir, weight_dtype)
     embeds = script.TrainingImages(args, table, table, digests)
     with script.loading(args.pretrained_model_name_or_path):
-        vae = AutoencoderKL.from_pretrained(model_dir, subfolder="vae", variant=args.variant, use_safetensors=True)
+        vae = script.load_part(AutoencoderKL, model_dir, "vae", args.variant)
     vae.requires_grad_(False).eval().to(device)
     vae.enable_slicing()  # pictures are decoded one by one: a batch of them takes more memory than the transformer
     texts = ["", *args.validation_prompt]
@@ -331,7 +333,7 @@ def main(args):
             script.load_ema(old, checkpoint)
     step = saved_state["step"]
     lr_scheduler = script.make_lr_scheduler(args, optimizer.optimizer, step)
-    scheduler = diffusers.FlowMatchEulerDiscreteScheduler.from_pretrained(model_dir, subfolder="scheduler")
+    scheduler = script.read_scheduler(model_dir)
     scheduler.set_timesteps(args.num_rollout_steps)
     sigmas = scheduler.sigmas.to(device)
     shape = [model_config["latent_channels"], *(side // model_config["vae_scale_factor"] for side in size)]
