@@ -118,6 +118,70 @@ def test_scoring_goes_on_after_what_is_bad(call, run_folder):
     assert json.loads((run_folder / "scores.json").read_text())["ocr"]["images"] == 1
 
 
+@pytest.fixture
+def rated(monkeypatch):
+    """`rated(values)` has the aesthetic scorer give the images these scores in turn; then again the last one."""
+
+    def rate(*values):
+        values = list(values)
+
+        class Scorer:
+            files, packages = [], []
+
+            def __init__(self, device):
+                pass
+
+            def __call__(self, images, records):
+                return [{"score": values.pop(0) if len(values) > 1 else values[0]} for _ in images]
+
+        monkeypatch.setattr("preference.Aesthetic", Scorer)
+
+    return rate
+
+
+def strict_json(text):
+    """JSON as other programs read it, without `NaN` and `Infinity`."""
+    return json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_score_that_is_no_number(value, call, rated, run_folder):
+    """Has no line, no part in the mean, and is named and counted; a later call scores the image again."""
+    rated(1.0, value, 3.0, 5.0)
+    output = call("score_images", run_folder, "--metrics", "aesthetic", expect=1)
+    assert re.search(rf"not scored: .*images/00001-0\.png: .*{value}", output) and "aesthetic 3.0000 [" in output
+    assert "3 images, 1 without a score" in output
+    lines = (run_folder / "scores" / "aesthetic.jsonl").read_text().splitlines()
+    assert [strict_json(line)["score"] for line in lines] == [1.0, 3.0, 5.0]
+    summary = strict_json((run_folder / "scores.json").read_text())["aesthetic"]
+    assert (summary["mean"], summary["images"], summary["missing"]) == (3.0, 3, 1)
+    rated(7.0)
+    assert "aesthetic 4.0000 [" in call("score_images", run_folder, "--metrics", "aesthetic")
+
+
+def test_scores_without_numbers_in_a_file(call, rated, run_folder):
+    """Of an earlier version, or an editor: scored again, and gone from the file."""
+    rated(1.0)
+    call("score_images", run_folder, "--metrics", "aesthetic")
+    path = run_folder / "scores" / "aesthetic.jsonl"
+    values = iter(["NaN", "null", '"high"'])
+    path.write_text(re.sub(r"1\.0", lambda match: next(values, match[0]), path.read_text()))
+    rated(2.0)
+    assert "aesthetic 1.7500 [" in call("score_images", run_folder, "--metrics", "aesthetic")
+    rows = [strict_json(line) for line in path.read_text().splitlines()]
+    assert sorted(row["score"] for row in rows) == [1.0, 2.0, 2.0, 2.0]
+
+
+def test_filtered_by_scores_of_which_one_is_no_number(call, rated, run_folder, tmp_path):
+    """It is named and not kept, the others are cut as they would be without it."""
+    rated(1.0, float("nan"), 3.0, 5.0)
+    flags = ["--metric", "aesthetic", "--top_fraction", 0.67, "--output_dir", tmp_path / "kept"]
+    output = call("filter_dataset", "--train_data_dir", run_folder, *flags, expect=1)
+    assert "not scored: images/00001-0.png" in output and "2 of 4 images" in output
+    rows = [strict_json(line) for line in (tmp_path / "kept" / "metadata.jsonl").read_text().splitlines()]
+    assert [row["aesthetic"] for row in rows] == [3.0, 5.0]
+
+
 @pytest.mark.parametrize(
     ("wanted", "read", "score"),
     [

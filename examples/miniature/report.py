@@ -119,7 +119,9 @@ def table(header, rows):
 
 
 def spread(values, form=".3f"):
-    """Mean and standard deviation over runs."""
+    """Mean and standard deviation over runs; `None` is what a run has no number for."""
+    if None in values:
+        return "undefined"
     text = format(np.mean(values), form)
     return text if len(values) == 1 else f"{text} ± {np.std(values, ddof=1):{form.strip('+')}}"
 
@@ -283,7 +285,7 @@ def draw_gap(gaps, path):
             slug = arm if arm == "base" else Run(arm, 0, 0, 0).slug
             records = [[r for r in gap["levels"] if (r["model"], r["num_own_steps"]) == (slug, k)] for gap in gaps]
             curves = [[(r["sigma"], r["ratio"], r["own"]) for r in levels] for levels in records]
-            sigma, ratio, own = np.mean(curves, axis=0).T
+            sigma, ratio, own = np.mean(np.array(curves, dtype=float), axis=0).T  # `None` becomes nan: not drawn
             style = {"color": "grey", "ls": ":"} if arm == "base" else {}
             column[0].plot(sigma, ratio, marker="o", ms=4, label=arm, **style)
             column[1].plot(sigma, own, marker="o", ms=4, **style)
