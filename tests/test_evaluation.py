@@ -437,6 +437,21 @@ def test_bad_places(call, generate, tmp_path):
     assert "'a red circle' has no text in double quotes" in complaint(output)
 
 
+def test_more_pixels_than_the_model_has_positions_for(generate, monkeypatch):
+    """Is one line that names the flag and the limit, before weights load; up to there it draws."""
+    generate("run", "--resolution", 256, "--num_inference_steps", 1, "--images_per_prompt", 1, "--max_prompts", 1)
+    monkeypatch.setattr("generate_images.load_trained", lambda *_, **__: pytest.fail("weights were loaded"))
+    _, output = generate("other", "--resolution", 272, expect=1)
+    assert "--resolution 272: " in complaint(output) and "at most 256 pixels" in complaint(output)
+
+
+def test_numbers_that_are_not_finite_are_not_drawn(generate):
+    """Not as a black image either."""
+    folder, output = generate("run", "--guidance_scale", 1e38, expect=1)
+    assert "images/00000-0.png to " in complaint(output) and "not finite" in complaint(output)
+    assert not list((folder / "images").iterdir()) and not (folder / "metadata.jsonl").exists()
+
+
 def test_missing_weights_leave_the_other_metrics(run_folder, tmp_path):
     """Offline and with an empty cache: one line with the command that fetches the files, and OCR is still scored."""
     environment = os.environ | {"HF_HOME": str(tmp_path / "empty"), "HF_HUB_OFFLINE": "1"}
