@@ -164,12 +164,15 @@ def test_scores_without_numbers_in_a_file(call, rated, run_folder):
     rated(1.0)
     call("score_images", run_folder, "--metrics", "aesthetic")
     path = run_folder / "scores" / "aesthetic.jsonl"
-    values = iter(["NaN", "null", '"high"'])
+    values = iter(["NaN", "null", '"high"', "1" + "0" * 400])
     path.write_text(re.sub(r"1\.0", lambda match: next(values, match[0]), path.read_text()))
     rated(2.0)
-    assert "aesthetic 1.7500 [" in call("score_images", run_folder, "--metrics", "aesthetic")
+    assert "aesthetic 2.0000 [" in call("score_images", run_folder, "--metrics", "aesthetic")
     rows = [strict_json(line) for line in path.read_text().splitlines()]
-    assert sorted(row["score"] for row in rows) == [1.0, 2.0, 2.0, 2.0]
+    assert [row["score"] for row in rows] == [2.0] * 4
+    path.unlink()
+    path.mkdir()
+    assert str(path) in complaint(call("score_images", run_folder, "--metrics", "aesthetic", expect=1))
 
 
 def test_filtered_by_scores_of_which_one_is_no_number(call, rated, run_folder, tmp_path):
@@ -559,6 +562,10 @@ def test_conversion_touches_nothing_else(call, photos, tmp_path, caplog):
     arguments = ["--metrics", "ocr", "--output_dir", tmp_path / "empty"]
     output = call("score_images", "--train_data_dir", source, *arguments, "--max_train_samples", 1, expect=1)
     assert "has no text in double quotes" in complaint(output)
+    (tmp_path / "no images").mkdir()
+    arguments = ["--metric", "ocr", "--min_score", 1, "--output_dir", tmp_path / "x"]
+    output = call("filter_dataset", "--train_data_dir", tmp_path / "no images", *arguments, expect=1)
+    assert "no images" in complaint(output) and not (tmp_path / "x-scores").exists()
     (tmp_path / "file").touch()
     output = call("convert_jsonl", "--train_data_dir", source, "--output_dir", tmp_path / "file" / "x", expect=1)
     assert "--output_dir" in complaint(output)

@@ -5,7 +5,6 @@ import hashlib
 import importlib
 import importlib.util
 import json
-import math
 import os
 from collections import defaultdict
 from pathlib import Path
@@ -13,7 +12,7 @@ from pathlib import Path
 import huggingface_hub
 import torch
 from data_sets import file_of
-from runs import NESTED, data_utils, read_rows, script, write_whole
+from runs import NESTED, data_utils, is_number, read_rows, script, write_whole
 from tqdm.auto import tqdm
 
 
@@ -98,11 +97,8 @@ def read_scores(path):
     """
     if not path.exists() or not path.read_bytes().endswith(b"\n"):
         return {}
-    return {row.get("digest"): row for _, row in data_utils.read_json_lines(path) if is_number(row.get("score"))}
-
-
-def is_number(score):
-    return isinstance(score, int | float) and math.isfinite(score)
+    rows = [row for _, row in data_utils.read_json_lines(path) if is_number(row.get("score"))]
+    return {row["digest"]: row for row in rows if isinstance(row.get("digest"), str)}
 
 
 def unscored(metric, rows, folder):
@@ -110,12 +106,15 @@ def unscored(metric, rows, folder):
     The rows whose images have no score of a metric in a folder yet. From its file go a last line that an interruption
     cut off, scores that are no numbers, and scores of what a file once was.
     """
-    path = folder / "scores" / f"{metric}.jsonl"
-    if path.exists() and not (data := path.read_bytes()).endswith(b"\n"):
-        os.truncate(path, data.rfind(b"\n") + 1)
+    path, data = folder / "scores" / f"{metric}.jsonl", b""
+    if path.exists():
+        with script.failing_with(f"{path} cannot hold scores"), open(path, "r+b") as file:
+            data = file.read()
+            if not data.endswith(b"\n"):
+                file.truncate(data.rfind(b"\n") + 1)
     done, current, names = read_scores(path), {row["digest"] for row in rows}, {row["file_name"] for row in rows}
     kept = [row for digest, row in done.items() if digest in current or row.get("file_name") not in names]
-    if path.exists() and len(kept) < path.read_bytes().count(b"\n"):
+    if len(kept) < data.count(b"\n"):
         write_whole(path, lambda p: p.write_text("".join(map(to_line, kept)), encoding="utf-8"))
     return [row for row in rows if row["digest"] not in done]
 
