@@ -149,9 +149,11 @@ def make_report(size, out):
 
 def main():
     parser = argparse.ArgumentParser(description="The report of an experiment.")
-    parser.add_argument("size")
+    parser.add_argument("size", choices=["tiny", "one", "full"])
     parser.add_argument("out", type=Path)
     args = parser.parse_args()
+    if not args.out.is_dir():
+        parser.error(f"{args.out}: no such folder")
     out = args.out.resolve()
     os.chdir(ROOT)
     path = out / "report.html"
