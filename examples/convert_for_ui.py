@@ -88,6 +88,13 @@ def mmdit_place(layer):
     raise ValueError(f"no layer of a Stable Diffusion 3 transformer: {layer}")
 
 
+def tensor_of(state, name):
+    """A tensor by its name; raises `ValueError` where there is none."""
+    if name not in state:
+        raise ValueError(f"{name} is not there")
+    return state[name]
+
+
 def swap_halves(rows):
     """Scale and shift of a final modulation stand in the other order there."""
     return torch.cat(rows.chunk(2)[::-1])
@@ -113,7 +120,7 @@ def convert_transformer(state):
             continue
         layer, _, kind = name.rpartition(".")
         place, third = mmdit_place(layer)
-        weight = state[f"{layer}.weight"]
+        weight = tensor_of(state, f"{layer}.weight")
         if "adaLN" in place and weight.shape[0] == 2 * weight.shape[1]:  # of the last layer, and the last block's text
             tensor = swap_halves(tensor)
         if third is None:
@@ -139,17 +146,21 @@ def convert_lora(state, metadata=None):
         `dict[str, torch.Tensor]`: by kohya's names.
 
     Raises:
-        `ValueError`: If it is a DoRA, or has a layer that is no part of a Stable Diffusion 3 transformer.
+        `ValueError`: If it is a DoRA, has a layer that is no part of a Stable Diffusion 3 transformer, or a tensor
+            that is none of diffusers' LoRA: one of another kind, or in other names.
     """
     config = {name.removeprefix("transformer."): value for name, value in (metadata or {}).items()}
     if any("lora_magnitude_vector" in name for name in state):
         raise ValueError("a DoRA cannot be told in these names: merge it, by --merge_into")
     layers, converted = defaultdict(dict), {}
     for name, down in state.items():
+        if ".lora_B." in name:
+            tensor_of(state, name.replace(".lora_B.", ".lora_A."))
+            continue
         layer, part, _ = name.removeprefix("transformer.").partition(".lora_A.")
         if not part:
-            continue
-        up = state[name.replace(".lora_A.", ".lora_B.")]
+            raise ValueError(f"{name} is no tensor of a LoRA in diffusers' names")
+        up = tensor_of(state, name.replace(".lora_A.", ".lora_B."))
         rank = config.get("rank_pattern", {}).get(layer, config.get("r", len(down)))
         up = up * (config.get("alpha_pattern", {}).get(layer, config.get("lora_alpha", rank)) / rank)
         place, third = mmdit_place(layer)
@@ -165,6 +176,8 @@ def convert_lora(state, metadata=None):
             )
         converted |= {f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up}
         converted[f"{name}.alpha"] = torch.tensor(float(len(down)))
+    if not converted:
+        raise ValueError("it holds no LoRA")
     return {name: tensor.contiguous() for name, tensor in sorted(converted.items())}
 
 
@@ -215,13 +228,20 @@ def main(input_args=None):
     parser.add_argument("--merge_into", help="Hub id or folder of the pipeline that the LoRA is merged into.")
     parser.add_argument("--transformer", help="Full fine-tune of that pipeline, if the LoRA was trained on one.")
     args = parser.parse_args(input_args)
-    if args.output.exists() or args.output.suffix != ".safetensors":
-        parser.error(f"{args.output}: give a new file with the ending .safetensors")
     back = args.source.is_file()
     if not back and not args.source.is_dir():
         parser.error(f"{args.source}: no such folder or file")
     try:
+        if args.output.exists() or args.output.suffix != ".safetensors":
+            parser.error(f"{args.output}: give a new file with the ending .safetensors")
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.error(str(error))
+    sources = f"{args.source} --merge_into {args.merge_into}" if args.merge_into else str(args.source)
+    try:
         lora = back or "lora" in find_trained(args.source)
+        if args.transformer and not (lora and args.merge_into):
+            parser.error("--transformer goes with a LoRA and --merge_into")
         if back:
             state = load_file(args.source)
             converted = convert_lora_back(state)
@@ -243,9 +263,12 @@ def main(input_args=None):
             files = sorted((args.source / "transformer").glob("*.safetensors"))
             converted = convert_transformer({k: v for file in files for k, v in load_file(file).items()})
     except (OSError, ValueError, SafetensorError) as error:
-        parser.exit(1, f"error: {args.source}: {' '.join(str(error).split())}\n")
+        parser.exit(1, f"error: {sources}: {' '.join(str(error).split())}\n")
     converted = {name: tensor.contiguous() for name, tensor in converted.items()}
-    save_file(converted, args.output, {"format": "pt"})
+    try:
+        save_file(converted, args.output, {"format": "pt"})
+    except SafetensorError as error:
+        parser.exit(1, f"error: {args.output}: {error}\n")
     print(f"{args.output}: {len(converted)} tensors, for {'a LoRA' if lora and not args.merge_into else 'a model'}")
 
 
