@@ -25,6 +25,8 @@ ALLOWED_DIFFERENCES = {
     ("train_sd3_soar", "train_sd3_soar_lora"): {
         "from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict",
         "parse_args",
+        "LORA_FILES",
+        "load_lora",
         "trained_layers",
         "load_transformer",
         "save_transformer",
