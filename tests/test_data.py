@@ -1077,6 +1077,10 @@ def test_empty_captions_are_counted(samples, tmp_path, caplog):
     images = dict.fromkeys(["a.png", "b.png", "c.png"], positions(32, 32))
     samples("--train_data_dir", folder_of(tmp_path / "images", images, **{"b.png": ""}))
     assert "1 of 3 captions are empty" in caplog.text
+    lines = [{"file_name": name, "text": ["", "a thing"]} for name in images]  # one of several is
+    (tmp_path / "images" / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    assert len(samples("--train_data_dir", tmp_path / "images")) == 3
+    assert "3 of 3 captions are empty" in caplog.text
 
 
 # The command that the authors published
