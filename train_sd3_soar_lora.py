@@ -93,7 +93,7 @@ output_lock = contextlib.ExitStack()  # held as long as a run may write into its
 FREE_ON_RESUME = """
     accelerate allow_resume_changes aux_batch_size cache_batch_size cache_dir cache_prompt_embeds caption_column
     check_images checkpointing_steps checkpoints_total_limit dataloader_num_workers dataset_config_name
-    dataset_name diffusers gradient_accumulation_steps gradient_checkpointing guidance_scale hub_model_id
+    dataset_name dataset_split diffusers gradient_accumulation_steps gradient_checkpointing guidance_scale hub_model_id
     hub_private hub_token image_column image_dir instance_prompt jsonl_path max_skipped_steps max_train_samples
     max_train_steps min_image_side num_inference_steps num_train_epochs num_validation_images offload offload_ema
     output_dir overwrite_output_dir push_to_hub report_to resume_from_checkpoint save_dtype skip_bad_images
@@ -120,8 +120,9 @@ def parse_args(input_args=None):
     add("--allow_tf32", action="store_true", help="TF32 matrix products for float32 on Ampere and newer GPUs.")
 
     add = parser.add_argument_group("data (--dataset_name, --train_data_dir, or --jsonl_path)").add_argument
-    add("--dataset_name", help="Hub id or folder for `datasets.load_dataset`, split `train`.")
+    add("--dataset_name", help="Hub id or folder for `datasets.load_dataset`, or a folder of `save_to_disk`.")
     add("--dataset_config_name", help="With --dataset_name: its configuration.")
+    add("--dataset_split", default="train", help="With --dataset_name: its split.")
     add("--train_data_dir", help="Folder of images, with NAME.txt beside each, or `metadata.jsonl` or `metadata.csv`.")
     add("--jsonl_path", help='Lines {"md5": ..., "caption_en": ..., "bw": 512, "bh": 512}.')
     add("--image_dir", help="With --jsonl_path: the folder of its images, `{md5}.jpg`, .jpeg, .png, .webp.")
@@ -570,6 +571,12 @@ def check_args(parser, args):
                 parser.error(f"{action.option_strings[0]} has no effect without --{f'{flag} {value}'.strip()}")
     if sum(getattr(args, flag) is not None for flag in ("dataset_name", "train_data_dir", "jsonl_path")) != 1:
         parser.error("give exactly one of --dataset_name, --train_data_dir and --jsonl_path")
+    for flag in ("train_data_dir", "dataset_name"):
+        folder, output = getattr(args, flag), Path(args.output_dir).resolve()
+        if folder is not None and os.path.isdir(folder) and output.is_relative_to(Path(folder).resolve()):
+            parser.error(
+                f"--output_dir {args.output_dir} is inside --{flag} {folder}: its pictures would be data, too"
+            )
     if (args.jsonl_path is None) != (args.image_dir is None):
         parser.error("--jsonl_path and --image_dir belong together: give both or none")
     for flag, kind in (("train_data_dir", "folder"), ("image_dir", "folder"), ("jsonl_path", "file")):
@@ -1086,13 +1093,16 @@ def load_images(args):
         else:
             image_column = "file_name" if args.image_column == "image" else args.image_column
             records = read_folder(args.train_data_dir, image_column, args.caption_column, args.instance_prompt)
-        return data_utils.make_table(
-            {"image": {"path": path, "bytes": None}, "key": data_utils.file_key(path), **others}
-            for path, others in itertools.islice(records, args.max_train_samples)
-        )
+        try:
+            return data_utils.make_table(
+                {"image": {"path": path, "bytes": None}, "key": data_utils.file_key(path), **others}
+                for path, others in itertools.islice(records, args.max_train_samples)
+            )
+        except UnicodeEncodeError as error:  # Arrow's texts are UTF-8
+            fail(f"{os.fsencode(error.object)}: the name of a file or folder is not UTF-8; rename it")
 
-    load = functools.partial(datasets.load_dataset, name=args.dataset_config_name, split="train")
-    rows = ask_hub(f"--dataset_name {args.dataset_name}", load, args.dataset_name)
+    load = functools.partial(load_split, config_name=args.dataset_config_name, split=args.dataset_split)
+    rows = ask_hub(f"--dataset_name {args.dataset_name} --dataset_split {args.dataset_split}", load, args.dataset_name)
     if args.max_train_samples is not None:
         rows = rows.select(range(min(args.max_train_samples, len(rows))))
     for flag in ("image_column", "caption_column"):
@@ -1103,10 +1113,20 @@ def load_images(args):
         images = rows.select_columns(args.image_column).cast_column(args.image_column, datasets.Image(decode=False))
         images = images.rename_columns({args.image_column: "image"})
     # Of the column: the rows would bring the bytes of all images.
-    paths = (path for chunk in images.data.column("image").chunks for path in chunk.field("path").to_pylist())
+    chunks = images.data.column("image").chunks
+    paths = [path for chunk in chunks for path in chunk.field("path").to_pylist()]
+    only_paths = all(chunk.field("bytes").null_count == len(chunk) for chunk in chunks)
+    if only_paths and any(paths) and not any(os.path.isfile(path) for path in paths if path):
+        example = next(filter(None, paths))[:60]
+        what = f"--image_column {args.image_column} of {args.dataset_name} holds texts such as {example!r}"
+        fail(f"{what}, which name no files here: images are wanted, or paths of their files")
     captions = itertools.repeat((None,), len(rows))
     if args.caption_column in rows.column_names:
         captions = data_utils.rows_of(rows, args.caption_column)
+        feature = rows.features[args.caption_column]
+        classes = getattr(getattr(feature, "feature", feature), "names", None)
+        if classes is not None:
+            captions = ((class_names(labels, classes),) for (labels,) in captions)
     where = f"--caption_column {args.caption_column} of {args.dataset_name}, row"
 
     def others():
@@ -1117,31 +1137,75 @@ def load_images(args):
     return datasets.concatenate_datasets([images, data_utils.make_table(others())], axis=1)
 
 
+def load_split(name, config_name, split):
+    """A split of a data set of the hub or in a folder, also of `save_to_disk`, which writes no configurations."""
+    saved = any(os.path.isfile(os.path.join(name, file)) for file in ("state.json", "dataset_dict.json"))
+    if not saved or config_name is not None:
+        try:
+            return datasets.load_dataset(name, config_name, split=split)
+        except datasets.exceptions.DatasetGenerationError as error:
+            raise error.__cause__ from None  # itself it does not say what is wrong
+    rows = datasets.load_from_disk(name)
+    if isinstance(rows, datasets.Dataset):
+        return rows
+    if split not in rows:
+        raise ValueError(f"its splits are {', '.join(rows)}")
+    return rows[split]
+
+
+def class_names(labels, classes):
+    """The name of a class, or of each in a list; `None` where there is no label, which is also written as -1."""
+    if isinstance(labels, list):
+        return [class_names(label, classes) for label in labels]
+    return None if labels is None or labels < 0 else classes[labels]
+
+
 def read_folder(folder, image_column, caption_column, instance_prompt):
     """
     Yield path and other columns of each image of --train_data_dir: of those that its metadata lists, in that order,
-    with the captions there; without metadata of all, each with the text of NAME.txt beside it.
+    with the captions there; without metadata of all, each with the text of NAME.txt or NAME.caption beside it.
     """
-    walk = [(at, sorted(files)) for at, _, files in sorted(os.walk(folder)) if f"{os.sep}." not in at[len(folder) :]]
-    names = [f"{at}{name}" for at, files in walk for at in [os.path.join(at, "")] for name in files if name[0] != "."]
+    walk, unread = [], []
+    for at, folders, files in os.walk(folder, onerror=lambda error: unread.append(error.filename)):
+        folders[:] = [name for name in folders if name[0] != "."]
+        unread.extend(path for name in folders if os.path.islink(path := os.path.join(at, name)))
+        walk.append((at, sorted(name for name in files if name[0] != ".")))
+    walk.sort()
+    if unread:
+        some = ", ".join(unread[:5])
+        logger.warning(f"{len(unread)} folders in {folder} are links or cannot be read, and are not used: {some}")
+    names = [f"{at}{name}" for at, files in walk for at in [os.path.join(at, "")] for name in files]
     suffixes = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
     suffixes |= {".heic", ".heif"}
     images = [path for path in names if os.path.splitext(path)[1].lower() in suffixes]
-    texts = {os.path.splitext(path)[0]: path for path in names if path.lower().endswith(".txt")}
+    stems = {os.path.splitext(path)[0] for path in images}
+    texts, others = {}, defaultdict(list)
+    for path in names:
+        stem, suffix = os.path.splitext(path)
+        if stem in stems and suffix.lower() in (".txt", ".caption"):
+            if texts.setdefault(stem, path) != path:
+                fail(f"{texts[stem]} and {path} are both captions of one image: remove one of them")
+        elif suffix.lower() not in suffixes:
+            others[suffix].append(path)
     there = {unicodedata.normalize("NFC", path): path for path in names if not path.isascii()}  # macOS has others
     metadata = [
         os.path.join(at, name) for at, files in walk for name in files if name in ("metadata.jsonl", "metadata.csv")
     ]
-    if metadata and any(os.path.splitext(path)[0] in texts for path in images):
-        name = os.path.basename(metadata[0])
-        fail(f"--train_data_dir {folder} has {name} and captions in .txt files: remove one of them")
+    for path in metadata:
+        if path.endswith(".csv") and f"{path[:-4]}.jsonl" in metadata:
+            fail(f"{path} lies beside metadata.jsonl: remove one of them")
+    if metadata and texts:
+        name, (_, suffix) = os.path.basename(metadata[0]), os.path.splitext(next(iter(texts.values())))
+        fail(f"--train_data_dir {folder} has {name} and captions in {suffix} files: remove one of them")
+    if others and not metadata:
+        kinds = ", ".join(f"{len(paths)} like {paths[0]}" for paths in [*others.values()][:10])
+        logger.warning(f"Not used, neither images that Pillow reads nor NAME.txt or NAME.caption of one: {kinds}")
     if any(re.match(r"\d+_", Path(at).name) for at, _ in walk):
         logger.info(f"Folder names in {folder}, such as 10_name, mean nothing here: every image comes once an epoch.")
-    listed, root = 0, os.path.realpath(folder)
+    listed, root = {}, os.path.realpath(folder)
     for path in metadata:
         at = os.path.dirname(path)
         for where, record in (data_utils.read_csv if path.endswith(".csv") else data_utils.read_json_lines)(path):
-            listed += 1
             for flag, column in (("image_column", image_column), ("caption_column", caption_column)):
                 if column not in record and not (flag == "caption_column" and instance_prompt):
                     fail(f"--{flag} {column}: {where} has {', '.join(record)}; give the one that is meant")
@@ -1149,9 +1213,11 @@ def read_folder(folder, image_column, caption_column, instance_prompt):
             image = image if image.isascii() else there.get(unicodedata.normalize("NFC", image), image)
             if not data_utils.is_inside(image, root):
                 fail(f"{where}: {record[image_column]!r} leads out of --train_data_dir")
+            if (first := listed.setdefault(os.path.normpath(image), path)) != path:
+                fail(f"{where}: {record[image_column]!r} is listed in {first}, too: remove one of them")
             yield image, read_captions(record.get(caption_column), instance_prompt, where)
-    if metadata and len(images) > listed:
-        logger.warning(f"{len(images) - listed} images in {folder} are not listed in its metadata and are not used.")
+    if metadata and (unlisted := sum(os.path.normpath(image) not in listed for image in images)):
+        logger.warning(f"{unlisted} images in {folder} are not listed in its metadata and are not used.")
     for image in () if metadata else images:
         caption, name = instance_prompt, os.path.splitext(image)[0]
         if name in texts:
@@ -1160,15 +1226,14 @@ def read_folder(folder, image_column, caption_column, instance_prompt):
         if caption is None:
             way = f"write {Path(image).stem}.txt beside it, or give --instance_prompt for all such"
             fail(f"{image} has no caption: {way}")
-        if not data_utils.is_inside(image, root):
-            fail(f"{image} leads out of --train_data_dir")
         yield image, read_captions(caption, instance_prompt, image)
 
 
 def read_captions(value, default, where, height=0, width=0):
     """The columns of an image besides it: of a text, a list of texts, or none, where it has none, of the `default`."""
-    values = value if isinstance(value, list) else [value] if value is not None else []
-    if not all(isinstance(text, str | int | float) for text in values):
+    missing = value is None or value != value  # NaN, as pandas writes it
+    values = value if isinstance(value, list) else [] if missing else [value]
+    if not all(type(text) in (str, int) for text in values):  # a truth value is of another type
         fail(f"{where}: the caption is neither a text nor a list of texts: {str(value)[:200]}")
     captions = [str(text) or default or "" for text in values] or [default or ""]
     return {"captions": captions, "height": height, "width": width}
@@ -1194,7 +1259,7 @@ def read_jsonl(path, image_dir, default):
                 value = json.loads(value)
         if isinstance(value, dict):
             fields = ("long_caption", "medium_caption", "short_caption", "text")
-            texts = (text for field in fields if (text := value.get(field)) and str(text).strip())
+            texts = (text for field in fields if (text := value.get(field)) == text and str(text or "").strip())
             value = next(texts, "" if value.keys() & {*fields} else value)
         yield image, read_captions(value, default, where, height, width)
 
@@ -1250,6 +1315,7 @@ def inspect_images(args, model_config, rows):
             found = bad.get(row) or json.loads(value.decode())
             name = found["name"] or f"image {row} of the data set"
             if "error" in found:
+                name = name[-200:]  # what is no path can be of any length
                 if not args.skip_bad_images:
                     others = f", nor can {len(bad) - 1} more" if len(bad) > 1 else ""
                     what = f"{name} cannot be read ({found['error']}){others}"

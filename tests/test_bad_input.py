@@ -5,6 +5,7 @@ import contextlib
 import importlib
 import json
 import logging
+import math
 import os
 import re
 import shutil
@@ -153,6 +154,10 @@ def test_exactly_one_data_source(script, sources, capsys):
         (["--jsonl_path", __file__, "--image_dir", "nowhere"], ["--image_dir nowhere", "no such folder"]),
         (["--jsonl_path", __file__], ["--jsonl_path and --image_dir"]),
         (["--image_dir", "."], ["--image_dir has no effect without --jsonl_path"]),
+        (["--dataset_split", "test"], ["--dataset_split has no effect without --dataset_name"]),
+        (["--train_data_dir", ".", "--output_dir", "out"], ["--output_dir out is inside --train_data_dir ."]),
+        (["--train_data_dir", "tests/", "--output_dir", "tests"], ["--output_dir tests is inside"]),
+        (["--dataset_name", "tests", "--output_dir", "tests/out"], ["tests/out is inside --dataset_name tests"]),
         (
             ["--allow_resume_changes", "seed"],
             ["no effect without --resume_from_checkpoint"],
@@ -316,15 +321,47 @@ def test_missing_column(flag, refuse, photos):
         assert f"--{flag} nothing" in message and columns in message and "give the one that is meant" in message
 
 
-def test_columns_of_another_kind(refuse, tmp_path):
+def test_columns_of_another_kind(refuse, photos, tmp_path):
     import datasets
 
-    rows = {"text": ["a", "b"], "number": [1, 2], "tags": [{"a": 1}, {"b": 2}]}
+    rows = {"file": [str(photos / "coins.png")] * 2, "number": [1, 2], "tags": [{"a": 1}, {"b": 2}]}
+    rows |= {"score": [0.5, None], "good": [True, False]}
     datasets.Dataset.from_dict(rows).to_parquet(tmp_path / "data" / "train.parquet")
     data = ("--dataset_name", tmp_path / "data")
-    assert "--image_column number" in refuse(SFT, *data, "--image_column", "number")
-    message = refuse(SFT, *data, "--image_column", "text", "--caption_column", "tags")
-    assert f"--caption_column tags of {tmp_path / 'data'}, row 0: the caption is neither a text nor a list" in message
+    assert "--image_column number" in refuse(SFT, *data, "--image_column", "number", "--caption_column", "tags")
+    for column in ("tags", "score", "good"):
+        message = refuse(SFT, *data, "--image_column", "file", "--caption_column", column)
+        assert f"--caption_column {column} of {tmp_path / 'data'}, row 0: the caption is neither a text nor" in message
+
+
+@pytest.mark.parametrize("value", ["https://example.org/cat.jpg", "/9j/4AAQSkZJRgABAQAAAQABAAD/2wBDAAgGBgcG" * 300])
+def test_columns_of_other_texts(value, refuse, photos, tmp_path):
+    """URLs, or the files themselves as base64: a short line says what the column holds, and what is wanted."""
+    import datasets
+
+    rows = datasets.Dataset.from_dict({"image": [value, value + "x"], "text": ["a", "b"]})
+    (tmp_path / "data").mkdir()
+    rows.to_parquet(tmp_path / "data" / "train.parquet")
+    message = refuse(SFT, "--dataset_name", tmp_path / "data")
+    assert f"--image_column image of {tmp_path / 'data'} holds texts such as" in message and value[:20] in message
+    assert "images are wanted, or paths" in message and len(message) < 400
+    rows = datasets.Dataset.from_dict({"image": [str(photos / "coins.png"), value], "text": ["a", "b"]})
+    rows.to_parquet(tmp_path / "data" / "train.parquet")  # one of them is no path
+    message = refuse(SFT, "--dataset_name", tmp_path / "data")
+    assert "cannot be read" in message and len(message) < 600
+
+
+def test_splits(refuse, tmp_path):
+    """The line names those that there are."""
+    import datasets
+
+    rows = datasets.DatasetDict({"test": datasets.Dataset.from_dict({"text": ["a"]})})
+    rows.save_to_disk(tmp_path / "saved")
+    (tmp_path / "data").mkdir()
+    rows["test"].to_parquet(tmp_path / "data" / "test-00000-of-00001.parquet")
+    for folder in (tmp_path / "saved", tmp_path / "data"):
+        message = refuse(SFT, "--dataset_name", folder)
+        assert f"--dataset_name {folder} --dataset_split train" in message and "test" in message.split(folder.name)[1]
 
 
 def test_image_folder_without_captions(refuse, tmp_path, images):
@@ -340,9 +377,25 @@ def test_two_kinds_of_captions(refuse, images):
     (folder / "b.txt").write_text("another b")
     message = refuse(SFT, "--train_data_dir", folder)
     assert f"{folder} has metadata.jsonl and captions in .txt files: remove one of them" in message
+    (folder / "metadata.jsonl").unlink()
+    (folder / "b.caption").write_text("a third b")
+    message = refuse(SFT, "--train_data_dir", folder)
+    assert str(folder / "b.txt") in message and str(folder / "b.caption") in message and "remove one" in message
 
 
-@pytest.mark.parametrize("caption", [{"other": "a"}, [["a"]], [{"text": "a"}]])
+def test_two_metadata_files(refuse, images):
+    """One beside the other, or in two folders, of the same image by different names."""
+    folder = images({"a.png": "a", "b.png": "b"})
+    (folder / "metadata.csv").write_text("file_name,text\na.png,another a\n")
+    assert f"{folder / 'metadata.csv'} lies beside metadata.jsonl" in refuse(SFT, "--train_data_dir", folder)
+    (folder / "more").mkdir()
+    (folder / "metadata.csv").rename(folder / "more" / "metadata.csv")
+    (folder / "more" / "metadata.csv").write_text("file_name,text\n../more/./../a.png,another a\n")
+    message = refuse(SFT, "--train_data_dir", folder)
+    assert "more/metadata.csv, line 2" in message and f"listed in {folder / 'metadata.jsonl'}, too" in message
+
+
+@pytest.mark.parametrize("caption", [{"other": "a"}, [["a"]], [{"text": "a"}], True, [False], 0.5, [math.nan]])
 def test_captions_of_another_shape(caption, refuse, images):
     """They are not emptied: the line is named, and what is wanted, in each format."""
     folder = images({"a.png": "a", "b.png": "b"})
@@ -417,6 +470,37 @@ def test_undecodable_image(kind, refuse, run, images, caplog):
     assert f"Dropped {broken}" in caplog.text and "2 images, 1 dropped" in caplog.text
 
 
+@pytest.mark.parametrize(
+    ("data", "named"),
+    [
+        (b"", "the file is empty"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:12\nsize 9\n", "git lfs pull"),
+        (b"\xef\xbb\xbf\n<!DOCTYPE html>\n<HTML lang=en>...", "HTML page"),
+    ],
+)
+def test_other_files_by_the_name_of_a_picture(data, named, refuse, images):
+    """Said as what they are, so that nobody looks for a converter."""
+    folder = images({"a.png": "a", "b.png": "b"})
+    (folder / "b.png").write_bytes(data)
+    message = refuse(SFT, "--train_data_dir", folder)
+    assert f"{folder / 'b.png'} cannot be read" in message and named in message and "JPEG" not in message
+
+
+@pytest.mark.parametrize("source", ["--train_data_dir", "--jsonl_path"])
+def test_names_that_are_not_unicode(source, refuse, tmp_path):
+    """As an archive of Latin-1 leaves them, of a file or of its folder: the bytes are shown."""
+    folder = tmp_path / os.fsdecode(b"K\xe4fer")
+    folder.mkdir()
+    data = [source, folder]
+    if source == "--jsonl_path":
+        (tmp_path / "data.jsonl").write_text('{"md5": "a", "caption_en": "a"}')
+        data = [source, tmp_path / "data.jsonl", "--image_dir", folder]
+    Image.new("RGB", (40, 40)).save(folder / "a.png")
+    message = refuse(SFT, *data, "--instance_prompt", "a")
+    assert r"K\xe4fer/a.png" in message and "not UTF-8; rename it" in message
+    assert "can't encode character" in refuse(SFT, "--dataset_name", folder, "--instance_prompt", "a")
+
+
 def test_missing_image_of_the_jsonl(refuse, authors):
     lines = [{"md5": name, "caption_en": name} for name in ("a", "missing")]
     message = refuse(SFT, *authors(*lines))
@@ -489,7 +573,7 @@ def test_empty_captions(caption, refuse, images):
         (b'{"md5": "b", "caption_en": "x", "bw": 32}', "`bw` and `bh`"),
         (b'{"md5": "../secret", "caption_en": "x"}', "../secret"),
         (b'{"md5": "%(folder)s/secret", "caption_en": "x"}', "secret"),
-        (b'{"md5": "link", "caption_en": "x"}', "link"),
+        (b'{"md5": "linked/secret", "caption_en": "x"}', "linked/secret"),
         (b'{"md5": "b\\u0000", "caption_en": "x"}', "`md5`"),
         (b'{"md5": "%(long)s", "caption_en": "x"}', "`md5`"),
     ],
@@ -500,7 +584,7 @@ def test_bad_line_in_the_jsonl(line, named, refuse, authors, tmp_path):
     Image.new("RGB", (40, 40)).save(tmp_path / "secret.png")
     line = line.replace(b"%(folder)s", str(tmp_path).encode()).replace(b"%(long)s", b"b" * 300)
     arguments = authors({"md5": "a", "caption_en": "x"}, b"", line, {"md5": "c", "caption_en": "x"})
-    (tmp_path / "image_dir" / "link.png").symlink_to(tmp_path / "secret.png")
+    (tmp_path / "image_dir" / "linked").symlink_to(tmp_path)
     message = refuse(SFT, *arguments)
     assert f"{tmp_path / 'data.jsonl'}, line 3" in message and named in message
 

@@ -502,6 +502,15 @@ def test_a_data_set_of_the_hub(call, tmp_path):
     assert "2 of 2 images" in output
 
 
+def test_a_folder_of_links(call, photos, tmp_path):
+    """By the names that the folder has for its pictures, wherever they are."""
+    (tmp_path / "links").mkdir()
+    for path in photos.iterdir():
+        (tmp_path / "links" / path.name).symlink_to(path)
+    call("convert_jsonl", "--train_data_dir", tmp_path / "links", "--copy", "--output_dir", tmp_path / "data")
+    assert read_back("--train_data_dir", tmp_path / "data") == read_back("--train_data_dir", photos)
+
+
 def test_converted_data_are_the_same_data(call, photos, tmp_path):
     """Image folder to JSONL to image folder: same captions and bytes, in links; sizes are the nearest buckets'."""
     first, second = tmp_path / "jsonl", tmp_path / "folder"

@@ -957,13 +957,15 @@ def test_hostile_captions_train(run, photos, tmp_path):
     assert len(cached(out / "cache" / "prompt_embeds")) == 3  # the empty one is the null prompt
 
 
-def test_images_of_train_data_dir_may_not_lead_out_of_it(run, photos, tmp_path):
+def test_metadata_may_not_lead_out_of_train_data_dir(run, photos, tmp_path):
+    """Neither by a path nor through a folder that is a link; a picture that is a link is the folder's own."""
     folder = tmp_path / "images"
     folder.mkdir()
-    (folder / "inside.png").symlink_to(photos / "coffee.png")
-    (folder / "metadata.jsonl").write_text('{"file_name": "inside.png", "text": "a"}\n')
-    with pytest.raises(SystemExit, match="inside.png.* leads out of --train_data_dir"):
-        run("train_sd3_soar", "--train_data_dir", folder)
+    (folder / "linked").symlink_to(photos)
+    for name in ("linked/coffee.png", "../photos/coffee.png", str(photos / "coffee.png")):
+        (folder / "metadata.jsonl").write_text(json.dumps({"file_name": name, "text": "a"}))
+        with pytest.raises(SystemExit, match="coffee.png' leads out of --train_data_dir"):
+            run("train_sd3_soar", "--train_data_dir", folder)
 
 
 def test_rng_of_the_process_does_not_matter(run, tmp_path):

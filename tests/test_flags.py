@@ -49,6 +49,7 @@ ELSEWHERE = {
     "--pretrained_model_name_or_path": "test_bad_input.test_model_that_does_not_exist",
     "--dataset_name": "test_data.test_dataset_name",
     "--dataset_config_name": "test_data.test_dataset_config_name",
+    "--dataset_split": "test_data.test_dataset_split",
     "--train_data_dir": "test_data.test_train_data_dir",
     "--jsonl_path": "test_data.test_authors_format",
     "--image_dir": "test_data.test_authors_format",
