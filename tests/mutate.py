@@ -51,6 +51,7 @@ MUTATIONS = [
     (UTILS, "(1 + (shift - 1) * u)).clamp(max=1)", "(1 + (shift - 1) * u))", FORMULAS),
     (UTILS, "sigma.clamp(max=sigma_max)", "sigma.clamp(max=1 - 1e-6)", FORMULAS),
     (SOAR, "velocity_cfg = velocity.detach()", "velocity_cfg = velocity", STEP),
+    (SOAR, ".clamp(soar_utils.U_MIN, 1)", ".clamp(0, 1)", STEP),
     (SOAR, "latents[samples], sigma_aux)", "latents[samples.flip(0)], sigma_aux)", STEP),
     (SOAR, "sigma_next + place * (sigma_upper - sigma_next)", "sigma_next + place * (sigma_upper - sigma)", STEP),
     (SOAR, "with sync(number == len(chunks)):", "with sync(number == 1):", "test_elastic.py -k one_process_or_two"),
