@@ -26,6 +26,8 @@ ALLOWED_DIFFERENCES = {
         "from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict",
         "parse_args",
         "trained_layers",
+        "LORA_FILES",
+        "load_lora",
         "load_transformer",
         "save_transformer",
         "USAGE",
@@ -189,8 +191,8 @@ def test_the_step_follows_the_equations(paths, photos):
     n, k, shift, cfg, scale, lam = 3, 10, 3.0, 4.5, 0.5, 0.7
     seeds = (1, 262)  # the second draws u = 0.0026: its rollout ends at the floor
     arguments = f"""--pretrained_model_name_or_path x --train_data_dir {photos} --num_rollout_paths {paths}
-        --lambda_aux {lam} --trajectory_length {n} --num_sampling_steps {k} --sde_rollout_type cps
-        --weighting_scheme cosmap"""
+        --lambda_aux {lam} --trajectory_length {n} --num_sampling_steps {k} --weighting_scheme cosmap"""
+    arguments += " --sde_rollout_type cps" if paths > 1 else ""
     args = train_sd3_soar.parse_args(arguments.split())
     latents, captions, last_of = torch.randn(2, 4, 6, 6), torch.randn(2), []
     weight, graphs = torch.tensor(0.3, requires_grad=True), []
