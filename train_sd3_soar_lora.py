@@ -199,12 +199,8 @@ def parse_args(input_args=None):
     add("--num_rollout_paths", type=number(int, 1), default=1, help="M: the ODE step, and M - 1 stochastic ones.")
     add("--num_sampling_steps", type=number(int, 1, 1000), default=40, help="K: the rollout is one step of K.")
     add("--cfg_scale_sampling", type=number(), default=4.5, help="Guidance of the rollout step.")
-    add(
-        "--sde_rollout_type",
-        choices=soar_utils.STOCHASTIC_ROLLOUTS,
-        default="flow_sde",
-        help="With --num_rollout_paths: of 1 to M-1.",
-    )
+    kinds = soar_utils.STOCHASTIC_ROLLOUTS
+    add("--sde_rollout_type", choices=kinds, default="flow_sde", help="With --num_rollout_paths: of paths 1 to M-1.")
     add("--sde_noise_scale", type=number(float, 0, 1), default=0.5, help="With --num_rollout_paths: their strength.")
     add("--sigma_upper_ratio", type=number(float, 1), help="Auxiliary sigmas up to RATIO * sigma. Default: up to 1.")
     add("--aux_batch_size", type=number(int, 1), help="Auxiliary points per forward. Default: --train_batch_size.")

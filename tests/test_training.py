@@ -28,6 +28,8 @@ ALLOWED_DIFFERENCES = {
         "LORA_FILES",
         "load_lora",
         "trained_layers",
+        "LORA_FILES",
+        "load_lora",
         "load_transformer",
         "save_transformer",
         "USAGE",
