@@ -47,7 +47,7 @@ def inspect_image(image):
         if all(low == high for low, high in decoded.getextrema()):
             found["notes"] = [*found["notes"], "are of one colour throughout"]
     except Exception as error:  # a broken file raises whatever its decoder raises; the caller reports it
-        found["error"] = f"{type(error).__name__}: {error}"
+        found["error"] = f"{type(error).__name__}: {error}"[:200]
     return found
 
 
@@ -57,11 +57,14 @@ def inspect_rows(rows):
 
 
 def is_inside(path, root):
-    """Whether a path leads to a place inside of the folder `root`, whatever `..` and links are on the way of both."""
+    """
+    Whether a path names something inside of the folder `root`, whatever `..` and links to folders are on the way of
+    both. It may be a link itself: `root` holds that, wherever it leads.
+    """
     folder, name = os.path.split(path)
     if "\0" in str(path):
         return False
-    if name == ".." or os.path.islink(path):
+    if name == "..":
         folder = os.path.dirname(os.path.realpath(path))
     inside, outside = (real_folder(os.path.join(os.getcwd(), part)) for part in (folder, root))
     return f"{inside}{os.sep}".startswith(outside.rstrip(os.sep) + os.sep)
@@ -81,14 +84,14 @@ def decode_image(data):
     """
     Decode the bytes of an image's file to what a viewer shows, a `PIL.Image.Image`: upright by its EXIF orientation,
     in sRGB by its colour profile, transparent parts over white; `info["notes"]` tells which of the latter two it was.
-    Raises whatever PIL does on a broken file, and `ValueError` on a giant one, or pixels of unknown range.
+    Raises whatever PIL does on a broken file, and `ValueError` on a giant one, pixels of unknown range, or no picture.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
         try:
             opened = Image.open(io.BytesIO(data))
         except (Image.UnidentifiedImageError, Image.DecompressionBombError):
-            raise ValueError("Pillow does not read its format, or so many pixels; make a JPEG of it") from None
+            raise ValueError(explain(data)) from None
     with opened:
         if math.prod(opened.size) > Image.MAX_IMAGE_PIXELS:
             opened.draft(opened.mode, (4096, 4096))  # a JPEG can be decoded at a part of its size
@@ -96,13 +99,15 @@ def decode_image(data):
             raise ValueError(f"{opened.size} pixels of mode {opened.mode}; make it smaller, with 8 bits a channel")
         image = ImageOps.exif_transpose(opened)
     notes, profile, alpha = [], image.info.get("icc_profile"), None
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        alpha = image.getchannel("A")
     if image.mode.startswith("I"):  # 16 bits of grey, which `convert` would cut off at 255
         if not 0 <= (levels := np.asarray(image)).min() <= levels.max() < 2**16:
             raise ValueError("of more than 16 bits a pixel; save it with 8")
+        if image.has_transparency_data:  # of one grey
+            alpha = Image.fromarray(np.where(levels == image.info["transparency"], 0, 255).astype(np.uint8))
         image = Image.fromarray((levels / 257).astype(np.uint8))
+    elif image.has_transparency_data:
+        image = image.convert("RGBA")
+        alpha = image.getchannel("A")
     if profile:
         try:
             profile = ImageCms.ImageCmsProfile(io.BytesIO(profile))
@@ -118,6 +123,17 @@ def decode_image(data):
         notes.append("are transparent in parts, which are laid over white")
     image.info["notes"] = notes
     return image
+
+
+def explain(data):
+    """Why Pillow does not open the bytes of a file, and what to do."""
+    if not data:
+        return "the file is empty"
+    if data.startswith(b"version https://git-lfs"):
+        return "it is a pointer of Git LFS, and no picture; `git lfs pull` fetches that"
+    if b"<html" in data[:1000].lower():
+        return "it is an HTML page, and no picture; download it again"
+    return "Pillow does not read its format, or so many pixels; make a JPEG of it"
 
 
 # Tables
@@ -330,6 +346,10 @@ def read_file(path):
 @functools.lru_cache(maxsize=8)
 def open_file(path):
     try:
-        return pyarrow.ipc.open_file(pyarrow.memory_map(path))
+        try:
+            file = pyarrow.memory_map(path)
+        except OSError:  # a file system without memory maps
+            file = pyarrow.OSFile(path)
+        return pyarrow.ipc.open_file(file)
     except (OSError, pyarrow.ArrowException) as error:
         raise ValueError(f"{path} is damaged, delete it: {error}") from None

@@ -53,7 +53,7 @@ def shift_sigma(u, shift):
     if shift <= 0:
         raise ValueError(f"`shift` must be positive, got {shift}.")
     u = u.float()
-    return shift * u / (1 + (shift - 1) * u)
+    return (shift * u / (1 + (shift - 1) * u)).clamp(max=1)  # which rounding may exceed
 
 
 def unshift_sigma(sigma, shift):
@@ -155,7 +155,9 @@ def apply_guidance(velocity_cond, velocity_uncond, guidance_scale):
     return velocity_uncond + guidance_scale * (velocity_cond.float() - velocity_uncond)
 
 
-def rollout_step(noisy_latents, velocity, sigma, sigma_next, mode="ode", noise_scale=0.5, step_noise=None):
+def rollout_step(
+    noisy_latents, velocity, sigma, sigma_next, mode="ode", noise_scale=0.5, step_noise=None, sigma_max=None
+):
     """
     One sampling step of the model from `sigma` down to `sigma_next`: the off-trajectory state that SOAR corrects.
 
@@ -169,39 +171,43 @@ def rollout_step(noisy_latents, velocity, sigma, sigma_next, mode="ode", noise_s
             the ODE) or `"cps"` (coefficients-preserving sampling).
         noise_scale (`float`): Strength of the stochastic part; unused by `"ode"` and `"sde"`.
         step_noise (`torch.Tensor` of shape `(B, ...)`, *optional*): Fresh unit noise of a stochastic step.
+        sigma_max (`float`, *optional*): Needed by `"flow_sde"` alone: the noise level one step below 1. Its
+            coefficient diverges at 1, so it is taken at no higher level, as Flow-GRPO does at 1 itself.
 
     Returns:
         `torch.Tensor` of shape `(B, ...)`, float32: state at `sigma_next`.
 
     Raises:
-        `ValueError`: If shapes disagree, `mode` is unknown, or a stochastic step is given no `step_noise`.
+        `ValueError`: If shapes disagree, `mode` is unknown, or a stochastic step lacks `step_noise` or `sigma_max`.
 
     Source: SOAR, arXiv 2604.12617; `flow_sde`: Flow-GRPO, arXiv 2505.05470; `cps`: arXiv 2509.05952.
     """
     if mode != "ode" and step_noise is None:
         raise ValueError(f"`step_noise` is required by mode '{mode}'.")
-    mean, std = step_distribution(noisy_latents, velocity, sigma, sigma_next, mode, noise_scale)
+    mean, std = step_distribution(noisy_latents, velocity, sigma, sigma_next, mode, noise_scale, sigma_max)
     if mode == "ode":
         return mean
     _check_same_shape(noisy_latents=noisy_latents, step_noise=step_noise)
     return mean + _per_sample(noisy_latents, std=std)[0] * step_noise.float()
 
 
-def step_distribution(noisy_latents, velocity, sigma, sigma_next, mode="ode", noise_scale=0.5):
+def step_distribution(noisy_latents, velocity, sigma, sigma_next, mode="ode", noise_scale=0.5, sigma_max=None):
     """
     Mean and standard deviation of the state after [`rollout_step`], over its `step_noise`.
 
     Args:
-        noisy_latents, velocity, sigma, sigma_next, mode, noise_scale: See [`rollout_step`].
+        noisy_latents, velocity, sigma, sigma_next, mode, noise_scale, sigma_max: See [`rollout_step`].
 
     Returns:
         `tuple[torch.Tensor, torch.Tensor]`: mean `(B, ...)` and standard deviation `(B,)`, float32.
 
     Raises:
-        `ValueError`: If shapes disagree, or `mode` is unknown.
+        `ValueError`: If shapes disagree, `mode` is unknown, or `"flow_sde"` lacks `sigma_max`.
     """
     if mode != "ode" and mode not in STOCHASTIC_ROLLOUTS:
         raise ValueError(f"`mode` must be 'ode' or one of {STOCHASTIC_ROLLOUTS}, got '{mode}'.")
+    if mode == "flow_sde" and sigma_max is None:
+        raise ValueError("`sigma_max` is required by mode 'flow_sde'.")
     _check_same_shape(noisy_latents=noisy_latents, velocity=velocity)
     sigma, sigma_next = _per_sample(noisy_latents, sigma=sigma, sigma_next=sigma_next)
     x, v, d, s = noisy_latents.float(), velocity.float(), sigma_next - sigma, noise_scale
@@ -213,8 +219,7 @@ def step_distribution(noisy_latents, velocity, sigma, sigma_next, mode="ode", no
     elif mode == "sde":
         mean, std = (1 - sigma_next) * data, sigma_next
     elif mode == "flow_sde":
-        # The diffusion coefficient diverges at sigma = 1, where Flow-GRPO takes the next level of the grid instead.
-        g = s * (sigma / (1 - torch.where(sigma == 1, sigma_next, sigma))).sqrt()
+        g = s * (sigma / (1 - sigma.clamp(max=sigma_max))).sqrt()
         drift = g**2 / (2 * sigma)
         mean, std = x * (1 + drift * d) + v * (1 + drift * (1 - sigma)) * d, g * (-d).sqrt()
     else:  # "cps": part of the predicted noise is replaced by fresh noise of equal variance

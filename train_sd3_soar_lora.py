@@ -33,6 +33,7 @@ import itertools
 import json
 import logging
 import math
+import multiprocessing
 import os
 import random
 import re
@@ -92,7 +93,7 @@ output_lock = contextlib.ExitStack()  # held as long as a run may write into its
 FREE_ON_RESUME = """
     accelerate allow_resume_changes aux_batch_size cache_batch_size cache_dir cache_prompt_embeds caption_column
     check_images checkpointing_steps checkpoints_total_limit dataloader_num_workers dataset_config_name
-    dataset_name diffusers gradient_accumulation_steps gradient_checkpointing guidance_scale hub_model_id
+    dataset_name dataset_split diffusers gradient_accumulation_steps gradient_checkpointing guidance_scale hub_model_id
     hub_private hub_token image_column image_dir instance_prompt jsonl_path max_skipped_steps max_train_samples
     max_train_steps min_image_side num_inference_steps num_train_epochs num_validation_images offload offload_ema
     output_dir overwrite_output_dir push_to_hub report_to resume_from_checkpoint save_dtype skip_bad_images
@@ -119,8 +120,9 @@ def parse_args(input_args=None):
     add("--allow_tf32", action="store_true", help="TF32 matrix products for float32 on Ampere and newer GPUs.")
 
     add = parser.add_argument_group("data (--dataset_name, --train_data_dir, or --jsonl_path)").add_argument
-    add("--dataset_name", help="Hub id or folder for `datasets.load_dataset`, split `train`.")
+    add("--dataset_name", help="Hub id or folder for `datasets.load_dataset`, or a folder of `save_to_disk`.")
     add("--dataset_config_name", help="With --dataset_name: its configuration.")
+    add("--dataset_split", default="train", help="With --dataset_name: its split.")
     add("--train_data_dir", help="Folder of images, with NAME.txt beside each, or `metadata.jsonl` or `metadata.csv`.")
     add("--jsonl_path", help='Lines {"md5": ..., "caption_en": ..., "bw": 512, "bh": 512}.')
     add("--image_dir", help="With --jsonl_path: the folder of its images, `{md5}.jpg`, .jpeg, .png, .webp.")
@@ -148,7 +150,7 @@ def parse_args(input_args=None):
     add = parser.add_argument_group("training").add_argument
     add("--output_dir", default="sd3-soar-lora")
     add("--overwrite_output_dir", action="store_true", help="Delete the result and checkpoints of another run there.")
-    add("--seed", type=number(int, 0), help="Drawn and logged when absent.")
+    add("--seed", type=number(int, 0, 2**63 - 1), help="Drawn and logged when absent.")
     add("--train_batch_size", type=number(int, 1), default=4, help="Images per process and forward.")
     add("--gradient_accumulation_steps", type=number(int, 1), default=1)
     add("--num_train_epochs", type=number(int, 1), default=1)
@@ -182,10 +184,10 @@ def parse_args(input_args=None):
     add("--offload_ema", action="store_true", help="With --use_ema: keep it on the CPU between steps.")
 
     add = parser.add_argument_group("LoRA").add_argument
-    add("--lora", help="Folder or hub id of a LoRA to go on with: rank, alpha and layers are its own.")
+    add("--lora", help="Folder, file or hub id of a LoRA to go on with: rank, alpha and layers are its own.")
     add("--rank", type=number(int, 1), default=32)
-    add("--lora_alpha", type=number(float, 0), help="The update is scaled by alpha / rank. Default: --rank.")
-    add("--lora_dropout", type=number(float, 0, 1), default=0.0)
+    add("--lora_alpha", type=number(float, 1e-6), help="The update is scaled by alpha / rank. Default: --rank.")
+    add("--lora_dropout", type=number(float, 0, 0.99999), default=0.0)
     add("--lora_layers", help="Comma-separated names, such as attn.to_q,attn.to_v. Default: all attention layers.")
     add("--lora_blocks", help="Comma-separated numbers of transformer blocks. Default: all.")
     add("--use_dora", action="store_true", help="DoRA: train the weights' magnitudes too.")
@@ -195,10 +197,15 @@ def parse_args(input_args=None):
     add("--lambda_aux", type=number(float, 0), default=1.0, help="Weight of an auxiliary point; 0 is plain SFT.")
     add("--trajectory_length", type=number(int, 0), default=6, help="N: auxiliary points per rollout path.")
     add("--num_rollout_paths", type=number(int, 1), default=1, help="M: the ODE step, and M - 1 stochastic ones.")
-    add("--num_sampling_steps", type=number(int, 1), default=40, help="K: the rollout is one step of K.")
+    add("--num_sampling_steps", type=number(int, 1, 1000), default=40, help="K: the rollout is one step of K.")
     add("--cfg_scale_sampling", type=number(), default=4.5, help="Guidance of the rollout step.")
-    add("--sde_rollout_type", choices=soar_utils.STOCHASTIC_ROLLOUTS, default="flow_sde", help="Of paths 1 to M-1.")
-    add("--sde_noise_scale", type=number(float, 0, 1), default=0.5, help="Their strength.")
+    add(
+        "--sde_rollout_type",
+        choices=soar_utils.STOCHASTIC_ROLLOUTS,
+        default="flow_sde",
+        help="With --num_rollout_paths: of 1 to M-1.",
+    )
+    add("--sde_noise_scale", type=number(float, 0, 1), default=0.5, help="With --num_rollout_paths: their strength.")
     add("--sigma_upper_ratio", type=number(float, 1), help="Auxiliary sigmas up to RATIO * sigma. Default: up to 1.")
     add("--aux_batch_size", type=number(int, 1), help="Auxiliary points per forward. Default: --train_batch_size.")
 
@@ -217,7 +224,7 @@ def parse_args(input_args=None):
     add("--validation_width", type=number(int, 16), help="With --validation_prompt: pixels. Default: --resolution.")
     add("--num_inference_steps", type=number(int, 1), default=40, help="With --validation_prompt: of each image.")
     add("--guidance_scale", type=number(), default=4.5, help="With --validation_prompt: its guidance.")
-    add("--skip_final_inference", action="store_true", help="With --validation_prompt: not at the end.")
+    add("--skip_final_inference", action="store_true", help="No validation images at the end.")
 
     add = parser.add_argument_group("logging and hub").add_argument
     add("--report_to", choices=["none", "all", *LOGGER_TYPE_TO_CLASS], default="tensorboard")
@@ -286,6 +293,7 @@ def training_losses(args, predict, latents, generators, shift, sync):
             velocity_uncond = predict(noisy_latents, sigma, null=True)
         velocity_cfg = soar_utils.apply_guidance(velocity_cfg, velocity_uncond, args.cfg_scale_sampling)
     sigma_next = soar_utils.next_sigma(sigma, args.num_sampling_steps, shift)
+    sigma_max = soar_utils.next_sigma(torch.ones(()), args.num_sampling_steps, shift).item()  # on the CPU
     sigma_upper = torch.ones_like(sigma)
     if args.sigma_upper_ratio is not None:
         sigma_upper = (args.sigma_upper_ratio * sigma).clamp(max=1)
@@ -296,7 +304,7 @@ def training_losses(args, predict, latents, generators, shift, sync):
         mode = args.sde_rollout_type if path > 0 else "ode"
         step_noise = draw(unit_noise, generators, device) if path > 0 else None
         rollout_latents = soar_utils.rollout_step(
-            noisy_latents, velocity_cfg, sigma, sigma_next, mode, args.sde_noise_scale, step_noise
+            noisy_latents, velocity_cfg, sigma, sigma_next, mode, args.sde_noise_scale, step_noise, sigma_max
         )
         for _ in range(args.trajectory_length):
             place = draw(lambda generator: torch.rand((), generator=generator), generators, device)
@@ -341,10 +349,13 @@ def main(args):
     if args.report_to != "none":
         tracked = {k: v if isinstance(v, (int, float, str)) else str(v) for k, v in vars(args).items()}
         with failing_with(f"--report_to {args.report_to}"):  # it may ask for a login
-            accelerator.init_trackers(Path(sys.argv[0]).stem, tracked, {"wandb": {"dir": args.output_dir}})
+            # TensorBoard forgets what a run that was interrupted had logged after its checkpoint.
+            options = {"wandb": {"dir": args.output_dir}, "tensorboard": {"purge_step": saved_state["step"] + 1}}
+            accelerator.init_trackers(Path(sys.argv[0]).stem, tracked, options)
     rows = run_on_each(accelerator, load_images, args)
     place = accelerator.process_index, accelerator.num_processes
-    check_images(args, rows, *place, again=args.check_images)
+    with failing_with("the images cannot be checked"):  # such as a worker that was killed
+        check_images(args, rows, *place, again=args.check_images)
     accelerator.wait_for_everyone()
     inspected = run_on_each(accelerator, inspect_images, args, model_config, rows)
     if len(inspected) < global_batch_size:
@@ -361,6 +372,8 @@ def main(args):
     if checkpoint:
         run_on_main(accelerator, check_resume, checkpoint, saved_state, trainer_state)
     run_on_main(accelerator, check_room, args, model_config["trained"], saved_state["step"])
+    if args.push_to_hub:
+        args.hub_model_id = run_on_main(accelerator, make_repository, args)
 
     # Encoders and caches
     run_on_each(accelerator, download_model, args, model_dir)
@@ -370,11 +383,12 @@ def main(args):
     train_dataset = TrainingImages(args, rows, inspected, encoder_digests)
     run_on_main(accelerator, report_truncation, args, model_dir, inspected)
     with loading(args.pretrained_model_name_or_path):
-        vae = AutoencoderKL.from_pretrained(model_dir, subfolder="vae", variant=args.variant, use_safetensors=True)
+        vae = load_part(AutoencoderKL, model_dir, "vae", args.variant)
     vae.requires_grad_(False).eval().to("cpu" if args.cache_latents or args.offload else device)
     prompts = ["", *args.validation_prompt]
     if args.cache_latents or args.cache_prompt_embeds:
-        build_caches(args, accelerator, train_dataset, model_dir, model_config, vae, weight_dtype, prompts)
+        with failing_with(f"--cache_dir {args.cache_dir} cannot be filled"):
+            build_caches(args, accelerator, train_dataset, model_dir, model_config, vae, weight_dtype, prompts)
     prompt_embeds, text_encoders = embed_prompts(
         args, train_dataset, model_dir, model_config, weight_dtype, prompts, device
     )
@@ -433,73 +447,104 @@ def main(args):
 
     # Training
     validating = args.validation_prompt and args.num_validation_images > 0
+    save = functools.partial(save_checkpoint, accelerator, ema, trainer_state, args)
     signals = collect_stop_signals()
+    if args.dataloader_num_workers and hasattr(signal, "SIGCHLD"):
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's would raise in any line; `next` sees a dead worker
     progress = tqdm(desc="Training", total=args.max_train_steps, initial=global_step, unit="step", disable=hidden)
-    while global_step < args.max_train_steps:
-        started = time.perf_counter()
-        sums = defaultdict(float)  # of what is logged, on the device
-        names = []
-        for micro_step in range(1, args.gradient_accumulation_steps + 1):
-            batch = prepare_batch(next(batches), null_embeds, vae, text_encoders, args.max_sequence_length, device)
-            names += batch["name"]
-            last_batch = micro_step == args.gradient_accumulation_steps
-            predict = functools.partial(predict_velocity, transformer, batch)
-            sync = functools.partial(gradient_sync, accelerator, transformer, last_batch)
-            latents, generators = batch["latents"], batch["generators"]
-            for loss, shares in training_losses(args, predict, latents, generators, model_config["shift"], sync):
-                accelerator.backward(loss)
-                for name, share in {"loss": loss.detach(), **shares}.items():
-                    sums[name] += share / args.gradient_accumulation_steps
-        grad_norm = accelerator.clip_grad_norm_(parameters, args.max_grad_norm or math.inf)
-        if hasattr(grad_norm, "full_tensor"):  # FSDP2 gives a sharded tensor, DeepSpeed a float or nothing
-            grad_norm = grad_norm.full_tensor()
-        sums["grad_norm"] = torch.as_tensor(0.0 if grad_norm is None else grad_norm, device=device)
-        sums["signals"] = torch.tensor(float(len(signals)), device=device)  # one to any process stops all
-        # The one place of the step where the host waits for the device.
-        means = accelerator.reduce(torch.stack([*sums.values()]), "mean").tolist()
-        logs = dict(zip(sums, means, strict=True))
-        stopping = logs.pop("signals") > 0
-        # fp16's scaler deals with a gradient that is not finite itself.
-        checked = logs if accelerator.scaler is None else logs.keys() - {"grad_norm"}
-        if not all(math.isfinite(logs[name]) for name in checked):
-            skipped_steps += 1
-            names = ", ".join(accelerate.utils.gather_object(names))
-            what = f"step {global_step + 1}: not finite ({logs}); samples {names}"
-            if skipped_steps > args.max_skipped_steps:
-                fail(f"{what}. The step was not taken. {last_checkpoint(args.output_dir)}")
-            logger.warning(f"Skipped {what}")
-        else:
-            skipped_steps = 0
-            # The rounding of --full_bf16: alike on all processes, and after a restart.
-            torch.manual_seed(data_utils.derive_seed(args.seed, "rounding", global_step))
-            optimizer.step()
-            if ema is not None:
-                ema.to(device)
-                ema.step(parameters)
-                ema.to("cpu" if args.offload_ema else device)
-        logs["lr"] = float(lr_scheduler.get_last_lr()[0] * optimizer.param_groups[0].get("d", 1))  # Prodigy's factor
-        logs["skipped_steps"] = skipped_steps
-        lr_scheduler.step()
-        optimizer.zero_grad()
-        global_step += 1
-        trainer_state |= {"step": global_step, "skipped_steps": skipped_steps}
-        logs["samples_per_second"] = global_batch_size / (time.perf_counter() - started)
-        with optional("Logging"):
-            accelerator.log(logs, step=global_step)
-        progress.update()
-        progress.set_postfix(loss=logs["loss"], lr=logs["lr"])
+    limit_waits(minutes=30)
+    batch, whole = None, True  # whether the weights are those after `global_step` steps
+    try:
+        while global_step < args.max_train_steps:
+            started = time.perf_counter()
+            sums = defaultdict(float)  # of what is logged, on the device
+            names, failure = [], None
+            for micro_step in range(1, args.gradient_accumulation_steps + 1):
+                try:
+                    data = next(batches) if failure is None else None
+                except Exception as error:  # an image vanished, a worker was killed
+                    failure = str(error).strip().split("\n")[-1]
+                    if batch is None:
+                        fail(failure)
+                if failure is None:  # else the others wait for this process: it goes on with the batch before
+                    batch = prepare_batch(data, null_embeds, vae, text_encoders, args.max_sequence_length, device)
+                names += batch["name"]
+                last_batch = micro_step == args.gradient_accumulation_steps
+                predict = functools.partial(predict_velocity, transformer, batch)
+                sync = functools.partial(gradient_sync, accelerator, transformer, last_batch)
+                latents, generators = batch["latents"], batch["generators"]
+                for loss, shares in training_losses(args, predict, latents, generators, model_config["shift"], sync):
+                    accelerator.backward(loss)
+                    for name, share in {"loss": loss.detach(), **shares}.items():
+                        sums[name] += share / args.gradient_accumulation_steps
+            grad_norm = accelerator.clip_grad_norm_(parameters, args.max_grad_norm or math.inf)
+            if hasattr(grad_norm, "full_tensor"):  # FSDP2 gives a sharded tensor, DeepSpeed a float or nothing
+                grad_norm = grad_norm.full_tensor()
+            sums["grad_norm"] = torch.as_tensor(0.0 if grad_norm is None else grad_norm, device=device)
+            # What happens to one process stops all.
+            sums["signals"] = torch.tensor(float(len(signals)), device=device)
+            sums["failures"] = torch.tensor(float(failure is not None), device=device)
+            # The one place of the step where the host waits for the device.
+            means = accelerator.reduce(torch.stack([*sums.values()]), "mean").tolist()
+            logs = dict(zip(sums, means, strict=True))
+            stopping = logs.pop("signals") > 0
+            if logs.pop("failures") > 0:
+                failures = "; ".join(filter(None, accelerate.utils.gather_object([failure])))
+                if global_step > saved_state["step"]:
+                    save()
+                fail(f"step {global_step + 1} was not taken: {failures}. {last_checkpoint(args.output_dir)}")
+            # fp16's scaler deals with a gradient that is not finite itself.
+            checked = logs if accelerator.scaler is None else logs.keys() - {"grad_norm"}
+            if not all(math.isfinite(logs[name]) for name in checked):
+                skipped_steps += 1
+                names = ", ".join(accelerate.utils.gather_object(names))
+                what = f"step {global_step + 1}: not finite ({logs}); samples {names}"
+                if skipped_steps > args.max_skipped_steps:
+                    fail(f"{what}. The step was not taken. {last_checkpoint(args.output_dir)}")
+                logger.warning(f"Skipped {what}")
+                if accelerator.scaler is not None:
+                    accelerator.scaler.update()  # else it takes the next step's gradients for this one's
+            else:
+                skipped_steps = 0
+                # The rounding of --full_bf16: alike on all processes, and after a restart.
+                torch.manual_seed(data_utils.derive_seed(args.seed, "rounding", global_step))
+                whole = False
+                optimizer.step()
+                if ema is not None:
+                    ema.to(device)
+                    ema.step(parameters)
+                    ema.to("cpu" if args.offload_ema else device)
+            logs["lr"] = float(lr_scheduler.get_last_lr()[0] * optimizer.param_groups[0].get("d", 1))  # of Prodigy
+            logs["skipped_steps"] = skipped_steps
+            lr_scheduler.step()
+            optimizer.zero_grad()
+            global_step += 1
+            trainer_state |= {"step": global_step, "skipped_steps": skipped_steps}
+            whole = True
+            logs["samples_per_second"] = global_batch_size / (time.perf_counter() - started)
+            with optional("Logging"):
+                accelerator.log(logs, step=global_step)
+            progress.update()
+            progress.set_postfix(loss=logs["loss"], lr=logs["lr"])
 
-        if global_step % args.checkpointing_steps == 0 or stopping:
-            save_checkpoint(accelerator, ema, trainer_state, args.output_dir, args.checkpoints_total_limit)
-        if stopping:
-            accelerator.end_training()
-            logger.info(f"Stopped by a signal after step {global_step}; --resume_from_checkpoint latest goes on.")
-            sys.exit(EXIT_INTERRUPTED)
-        if validating and global_step % args.validation_steps == 0 and global_step < args.max_train_steps:
-            with averaged_weights(ema, parameters):
-                log_validation(args, accelerator, transformer, vae, model_dir, prompt_embeds, global_step, signals)
-    progress.close()
+            if global_step % args.checkpointing_steps == 0 or stopping:
+                save()
+            if stopping:
+                accelerator.end_training()
+                logger.info(f"Stopped by a signal after step {global_step}; --resume_from_checkpoint latest goes on.")
+                sys.exit(EXIT_INTERRUPTED)
+            if validating and global_step % args.validation_steps == 0 and global_step < args.max_train_steps:
+                with averaged_weights(ema, parameters):
+                    log_validation(args, accelerator, transformer, vae, model_dir, prompt_embeds, global_step, signals)
+    except Exception:
+        if whole and global_step > saved_state["step"] and accelerator.num_processes == 1:  # others would wait
+            with optional("A checkpoint of the last whole step"):
+                save()
+        raise
+    finally:
+        progress.close()
     on_stop_signals(signal.SIG_DFL)
+    limit_waits(hours=12)  # for the upload of the result
 
     # Result: first what the run was for, then what may fail
     samples = {}
@@ -521,18 +566,30 @@ def check_args(parser, args):
     for action in parser._actions:  # where a flag needs another, its help says so first, and nothing else does
         for flag, value in re.findall(r"^With --(\w+) ?(\w*):", action.help or ""):
             acts = getattr(args, flag) == value if value else getattr(args, flag) != parser.get_default(flag)
-            if not acts and getattr(args, action.dest) != action.default:
+            asked = getattr(args, action.dest) != action.default
+            if asked and not acts and (flag, getattr(args, action.dest)) != ("validation_prompt", 0):  # 0 images
                 parser.error(f"{action.option_strings[0]} has no effect without --{f'{flag} {value}'.strip()}")
     if sum(getattr(args, flag) is not None for flag in ("dataset_name", "train_data_dir", "jsonl_path")) != 1:
         parser.error("give exactly one of --dataset_name, --train_data_dir and --jsonl_path")
+    for flag in ("train_data_dir", "dataset_name"):
+        folder, output = getattr(args, flag), Path(args.output_dir).resolve()
+        if folder is not None and os.path.isdir(folder) and output.is_relative_to(Path(folder).resolve()):
+            parser.error(
+                f"--output_dir {args.output_dir} is inside --{flag} {folder}: its pictures would be data, too"
+            )
     if (args.jsonl_path is None) != (args.image_dir is None):
         parser.error("--jsonl_path and --image_dir belong together: give both or none")
     for flag, kind in (("train_data_dir", "folder"), ("image_dir", "folder"), ("jsonl_path", "file")):
         path, is_there = getattr(args, flag), os.path.isdir if kind == "folder" else os.path.isfile
         if path is not None and not is_there(path):
             parser.error(f"--{flag} {path}: no such {kind}")
+    if args.hub_token and args.report_to not in ("none", "tensorboard"):
+        parser.error("--hub_token: other trackers than TensorBoard keep the command line. Use `hf auth login` instead")
     if args.lr_warmup_steps > 0 and args.lr_scheduler in ("constant", "piecewise_constant"):
         parser.error("--lr_warmup_steps has no effect without another --lr_scheduler: see constant_with_warmup")
+    strength = parser.get_default("sde_noise_scale")
+    if getattr(args, "sde_rollout_type", "") == "sde" and args.sde_noise_scale != strength:
+        parser.error("--sde_noise_scale has no effect with --sde_rollout_type sde, which renews all of the noise")
     args.validation_height = args.validation_height or args.resolution
     args.validation_width = args.validation_width or args.resolution
     try:
@@ -602,7 +659,7 @@ def ask_hub(what, function, name, **options):
         except Exception as error:  # no answer, a server's error, or another, which will not pass
             answer, library = getattr(error, "response", None), type(error).__module__.split(".")[0]
             silent = isinstance(error, errors.LocalEntryNotFoundError) or library.startswith("httpx")
-            passing = silent if answer is None else answer.status_code >= 500
+            passing = silent if answer is None else answer.status_code >= 500 or answer.status_code == 429
             if not passing or pause is None or huggingface_hub.constants.HF_HUB_OFFLINE:
                 fail(f"{what}: {str(error)[:500]}")
         logger.warning(f"The hub does not answer, or with an error of its own; trying again in {pause} seconds.")
@@ -621,7 +678,9 @@ def optional(what):
 def loading(name, checkpoint=None):
     """Around the loading of weights: a missing, pickled or broken file of the model or checkpoint gives one line."""
     if checkpoint:
-        return failing_with(f"--resume_from_checkpoint {checkpoint} is damaged")
+        others = [str(path) for path in checkpoints(Path(checkpoint).parent) if path != Path(checkpoint)]
+        way = f" (go on from {others[-1]})" if others else ""
+        return failing_with(f"--resume_from_checkpoint {checkpoint} is damaged{way}")
     return failing_with(f"--pretrained_model_name_or_path {name} cannot be loaded")
 
 
@@ -656,7 +715,7 @@ def make_accelerator(args):
     handlers = [
         # SD3.5's position table is a buffer of 0.9 GB that never changes: do not send it at every forward.
         accelerate.utils.DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
-        # Others wait while the main process checks the images; a process that dies is ended by its launcher.
+        # Others wait while the main process checks the images; see `limit_waits` for the rest of the run.
         accelerate.utils.InitProcessGroupKwargs(timeout=datetime.timedelta(hours=12)),
     ]
     if os.environ.get("ACCELERATE_USE_FSDP") == "true" and os.environ.get("FSDP_VERSION") != "2":
@@ -666,6 +725,8 @@ def make_accelerator(args):
     if (started := int(os.environ.get("WORLD_SIZE", 1))) > accelerator.num_processes:
         why = "PyTorch sees no GPU here. Mend its installation, start one process, or set ACCELERATE_USE_CPU=true"
         fail(f"the launcher started {started} processes, and each takes itself for the only one, as {why}")
+    if accelerator.state.dynamo_plugin.backend != accelerate.utils.DynamoBackend.NO:  # it would rename all weights
+        fail("to compile give --torch_compile, and not accelerate's `dynamo_config` or ACCELERATE_DYNAMO_BACKEND")
     deepspeed = accelerator.state.deepspeed_plugin
     if deepspeed is not None:  # it would read this from a prepared data loader
         deepspeed.deepspeed_config["train_micro_batch_size_per_gpu"] = args.train_batch_size
@@ -694,6 +755,12 @@ def make_accelerator(args):
     return accelerator
 
 
+def limit_waits(**time):
+    """From now on, how long a process may wait for others before it ends with an error."""
+    if torch.distributed.is_initialized():
+        torch.distributed.distributed_c10d._set_pg_timeout(datetime.timedelta(**time))  # PyTorch has no public one
+
+
 # Model and optimizer
 def fetch(flag, name, patterns, revision=None):
     """The folder `name` that a flag gives, or the hub's of that name, with the files that fit `patterns` fetched."""
@@ -718,7 +785,7 @@ def check_model(args):
         if not StableDiffusion3Pipeline.load_config(model_dir)["_class_name"].startswith("StableDiffusion3"):
             raise ValueError("its model_index.json names another pipeline")
         transformer = SD3Transformer2DModel.load_config(started or model_dir, subfolder="transformer")
-        scheduler = diffusers.FlowMatchEulerDiscreteScheduler.load_config(model_dir, subfolder="scheduler")
+        scheduler = read_scheduler(model_dir).config
         vae = AutoencoderKL.load_config(model_dir, subfolder="vae")
         if not args.no_text_encoder_3 and StableDiffusion3Pipeline.load_config(model_dir)["text_encoder_3"][0] is None:
             raise ValueError("it has no T5: give --no_text_encoder_3")
@@ -730,7 +797,7 @@ def check_model(args):
         patch, dim = vae_scale_factor * transformer["patch_size"], transformer["joint_attention_dim"]
         model_config = {
             "folder": model_dir,
-            "shift": scheduler.get("shift", 1.0),
+            "shift": scheduler.shift,
             "latent_channels": vae["latent_channels"],
             "vae_scale_factor": vae_scale_factor,
             "divisor": math.lcm(16, patch),
@@ -739,7 +806,7 @@ def check_model(args):
             "embeds_size": dim * (77 + args.max_sequence_length) + transformer["pooled_projection_dim"],
             "trained": sum(trained_layers(args, transformer).values()),
         }
-    if scheduler.get("use_dynamic_shifting"):
+    if scheduler.use_dynamic_shifting:
         fail(f"{name}: its scheduler uses dynamic shifting; these scripts need a constant `shift`, as SD3.5 has")
     for side in {args.validation_height, args.validation_width}.union(*training_sizes(args)):
         check_side(side, model_config, "--resolution, --validation_ or --aspect_ratio_buckets")
@@ -753,19 +820,51 @@ def check_side(side, model_config, what):
         fail(f"{what}: side {side} must be divisible by {divisor} and at most {max_side} for this model")
 
 
+def read_scheduler(model_dir):
+    """The noise levels of the pipeline, for Euler's steps. `ValueError`: its scheduler is no flow's, with a shift."""
+    name = StableDiffusion3Pipeline.load_config(model_dir)["scheduler"][1]
+    config = diffusers.FlowMatchEulerDiscreteScheduler.load_config(model_dir, subfolder="scheduler")
+    if not name.startswith("FlowMatch"):
+        if not config.get("use_flow_sigmas"):
+            raise ValueError(f"its {name} has no shift: save it with a FlowMatchEulerDiscreteScheduler")
+        config["shift"] = config["flow_shift"]
+    return diffusers.FlowMatchEulerDiscreteScheduler.from_config(config)
+
+
 def download_model(args, model_dir):
     """Fetch from the hub what this run needs of the model and the cache does not hold, and nothing else."""
     unused = {*TEXT_PARTS} - {*text_parts(args.no_text_encoder_3)} | ({"transformer"} if args.transformer else set())
     options = {"revision": args.revision, "variant": args.variant, "use_safetensors": True} | dict.fromkeys(unused)
-    if model_dir != (name := args.pretrained_model_name_or_path):
+    name = args.pretrained_model_name_or_path
+    if model_dir != name:
         what = f"--pretrained_model_name_or_path {name} cannot be loaded"
         ask_hub(what, StableDiffusion3Pipeline.download, name, **options)
+    if args.variant and not any(Path(model_dir).glob(f"*/*.{args.variant}[.-]*safetensors")):
+        fail(f"--variant {args.variant}: {name} has no weights of that name")
+
+
+def load_part(model_class, folder, part, variant=None, **options):
+    """
+    A part of a pipeline, from files of `variant` where it has any, as [`DiffusionPipeline.from_pretrained`] does it.
+    `ValueError`: they lack a tensor, which the libraries would leave empty, or draw at random.
+    """
+    if variant and not any(Path(folder, part).glob(f"*.{variant}[.-]*safetensors")):
+        variant = None
+    options |= {"subfolder": part, "variant": variant, "use_safetensors": True, "output_loading_info": True}
+    model, report = model_class.from_pretrained(folder, **options)
+    if report["missing_keys"]:
+        raise ValueError(f"the weights in {folder}/{part} lack {min(report['missing_keys'])}")
+    return model
 
 
 def trained_layers(args, config):
-    """The LoRA's layers, and how many parameters each has. Refuses what the model has not, and wrong quantisations."""
-    if args.lora and (args.rank != 32 or args.lora_alpha or args.lora_dropout or args.lora_layers or args.lora_blocks):
-        fail(f"--lora {args.lora} has a rank, an alpha and layers: leave out --rank and all --lora_ flags")
+    """
+    The LoRA's layers, or the tensors of --lora, and how many parameters each has. Refuses what the model has not, and
+    wrong quantisations.
+    """
+    shape = (args.rank != 32, args.lora_alpha, args.lora_dropout, args.lora_layers, args.lora_blocks, args.use_dora)
+    if args.lora and any(shape):
+        fail(f"--lora {args.lora} has a rank, layers and so on: leave out --rank and all --lora_ flags and --use_dora")
     if args.bnb_quantization_config_path:
         what = f"--bnb_quantization_config_path {args.bnb_quantization_config_path}"
         if os.environ.get("ACCELERATE_USE_FSDP") == "true":
@@ -778,6 +877,9 @@ def trained_layers(args, config):
             fail(f"{what}: bitsandbytes quantises on a GPU, and there is none")
     with torch.device("meta"):
         skeleton = SD3Transformer2DModel.from_config(config, pos_embed_max_size=config["sample_size"])
+    if args.lora:
+        with failing_with(f"--lora {args.lora}"), torch.device("meta"):
+            return {name: tensor.numel() for name, tensor in load_lora(skeleton, args.lora).items()}
     kinds = torch.nn.Linear | torch.nn.Conv2d
     layers = {f".{name}": module.weight for name, module in skeleton.named_modules() if isinstance(module, kinds)}
     # By default all attention layers: SD3.5-Medium has a second attention, attn2, in half the blocks.
@@ -794,7 +896,7 @@ def trained_layers(args, config):
     return {name[1:]: args.rank * (w[0].numel() + len(w)) + args.use_dora * len(w) for name, w in layers.items()}
 
 
-def read_transformer(folder, dtype, empty=False, **options):
+def read_transformer(folder, dtype, empty=False, variant=None, **options):
     """The `SD3Transformer2DModel` in `folder`; `empty`, with memory for its weights that nothing has touched."""
     if empty:
         with torch.device("meta"):
@@ -802,8 +904,52 @@ def read_transformer(folder, dtype, empty=False, **options):
             return SD3Transformer2DModel.from_config(config).to(dtype).to_empty(device="cpu")
     # The file has the position table, which diffusers would compute before: 3 s, 3.4 GiB.
     with contextlib.nullcontext() if options.get("quantization_config") else torch.device("meta"):
-        options |= {"subfolder": "transformer", "dtype": dtype, "use_safetensors": True}
-        return SD3Transformer2DModel.from_pretrained(folder, **options)
+        return load_part(SD3Transformer2DModel, folder, "transformer", variant, dtype=dtype, **options)
+
+
+LORA_FILES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")  # diffusers' name, and PEFT's
+
+
+def load_lora(transformer, name):
+    """
+    Put the LoRA of a folder, a file or the hub into `transformer`, whole, in the type of the weights that it lies on.
+    Returns its tensors, by PEFT's names. `ValueError`: it is another model's, or in names of another kind.
+    """
+    path = Path(name if os.path.isfile(name) else fetch("lora", name, [*LORA_FILES, "adapter_config.json"]))
+    files = [file for file in (path, *(path / file for file in LORA_FILES)) if file.is_file()]
+    if not files:
+        raise ValueError(f"no {' or '.join(LORA_FILES)} is there; if it has another name, give the file")
+    with safe_open(files[0], "pt") as file:
+        config = json.loads((file.metadata() or {}).get("lora_adapter_metadata", "{}"))
+        state = diffusers.utils.convert_unet_state_dict_to_peft({key: file.get_tensor(key) for key in file.keys()})
+    if files[0].name == LORA_FILES[1]:
+        config = LoraConfig.from_json_file(files[0].with_name("adapter_config.json"))
+        config = LoraConfig.from_peft_type(**config).to_dict()
+    left_out, checking = [key for key in state if key.startswith("text_encoder")], transformer.device.type == "meta"
+    if left_out and checking:  # to train, it is loaded again
+        logger.warning(f"--lora {name}: {len(left_out)} tensors of text encoders are left out: they are not trained.")
+    state, config = (
+        {re.sub(r"^(base_model\.model\.)?(transformer\.)?", "", k): v for k, v in d.items() if "text_encoder" not in k}
+        for d in (state, config)
+    )
+    for key in [key for key in state if key.endswith(".alpha")]:
+        up, config = key.replace(".alpha", ".lora_B.weight"), {}
+        if up in state:
+            state[up] = state[up].float() * (state.pop(key).item() / state[up].shape[1])
+    modules, layers = dict(transformer.named_modules()), {key: key.partition(".lora_")[0] for key in state}
+    if unknown := [k for k in state if layers[k] not in modules or f"{layers[k]}.lora_B.weight" not in state]:
+        names = "diffusers' names; examples/convert_for_ui.py makes them of kohya's"
+        raise ValueError(f"{unknown[0]} is no LoRA of a layer of this model, in {names}")
+    if not state:
+        raise ValueError("it holds nothing for the transformer")
+    if config:
+        layers = sorted({*layers.values()})  # PEFT may have a pattern there, and freezes what it has saved
+        config |= {"target_modules": layers, "inference_mode": False, "base_model_name_or_path": None}
+    options = {"adapter_name": "default", "metadata": config or None, "low_cpu_mem_usage": checking}
+    transformer.load_lora_adapter(state, prefix=None, **options)
+    if different := state.keys() ^ get_peft_model_state_dict(transformer).keys():
+        raise ValueError(f"it is of another kind, or not whole: see {min(different)}")
+    return state
 
 
 def load_transformer(args, model_dir, weight_dtype, checkpoint=None, empty=False, merged=None):
@@ -811,22 +957,17 @@ def load_transformer(args, model_dir, weight_dtype, checkpoint=None, empty=False
     The `SD3Transformer2DModel` to train: frozen in `weight_dtype`, quantised where asked, or `empty`, with a LoRA in
     float32; this from `checkpoint` of [`save_transformer`], if there is one. A LoRA `merged` becomes part of the base.
     """
-    source = {"weight_name": "pytorch_lora_weights.safetensors", "return_lora_metadata": True}
     options = {"variant": None if args.transformer else args.variant}
     if bits := args.bnb_quantization_config_path:
         options["quantization_config"] = diffusers.BitsAndBytesConfig(**json.loads(Path(bits).read_text()))
     transformer = read_transformer(args.transformer or model_dir, weight_dtype, empty, **options).requires_grad_(False)
     if merged:
-        state, metadata = StableDiffusion3Pipeline.lora_state_dict(merged, **source)
-        transformer.load_lora_adapter(state, metadata=metadata)
+        load_lora(transformer, merged)
         transformer.fuse_lora()
         transformer.unload_lora()
     torch.manual_seed(args.seed)
     if started := checkpoint or args.lora:  # its file says what layers and ranks it has
-        state, metadata = StableDiffusion3Pipeline.lora_state_dict(started, **source)
-        transformer.load_lora_adapter(state, adapter_name="default", metadata=metadata)
-        if not getattr(transformer, "peft_config", None):  # diffusers only logs it
-            raise ValueError(f"{started} holds nothing for the transformer")
+        state = load_lora(transformer, started)
     else:
         options = {"lora_dropout": args.lora_dropout, "use_dora": args.use_dora, "init_lora_weights": "gaussian"}
         alpha, layers = args.lora_alpha, [*trained_layers(args, transformer.config)]
@@ -834,7 +975,7 @@ def load_transformer(args, model_dir, weight_dtype, checkpoint=None, empty=False
         transformer.add_adapter(LoraConfig(r=args.rank, lora_alpha=alpha, target_modules=layers, **options))
     training_utils.cast_training_params(transformer)
     if started:  # once more, for it took the type of the base on its way
-        set_peft_model_state_dict(transformer, {name.removeprefix("transformer."): t for name, t in state.items()})
+        set_peft_model_state_dict(transformer, state)
     return transformer
 
 
@@ -952,13 +1093,16 @@ def load_images(args):
         else:
             image_column = "file_name" if args.image_column == "image" else args.image_column
             records = read_folder(args.train_data_dir, image_column, args.caption_column, args.instance_prompt)
-        return data_utils.make_table(
-            {"image": {"path": path, "bytes": None}, "key": data_utils.file_key(path), **others}
-            for path, others in itertools.islice(records, args.max_train_samples)
-        )
+        try:
+            return data_utils.make_table(
+                {"image": {"path": path, "bytes": None}, "key": data_utils.file_key(path), **others}
+                for path, others in itertools.islice(records, args.max_train_samples)
+            )
+        except UnicodeEncodeError as error:  # Arrow's texts are UTF-8
+            fail(f"{os.fsencode(error.object)}: the name of a file or folder is not UTF-8; rename it")
 
-    load = functools.partial(datasets.load_dataset, name=args.dataset_config_name, split="train")
-    rows = ask_hub(f"--dataset_name {args.dataset_name}", load, args.dataset_name)
+    load = functools.partial(load_split, config_name=args.dataset_config_name, split=args.dataset_split)
+    rows = ask_hub(f"--dataset_name {args.dataset_name} --dataset_split {args.dataset_split}", load, args.dataset_name)
     if args.max_train_samples is not None:
         rows = rows.select(range(min(args.max_train_samples, len(rows))))
     for flag in ("image_column", "caption_column"):
@@ -969,10 +1113,20 @@ def load_images(args):
         images = rows.select_columns(args.image_column).cast_column(args.image_column, datasets.Image(decode=False))
         images = images.rename_columns({args.image_column: "image"})
     # Of the column: the rows would bring the bytes of all images.
-    paths = (path for chunk in images.data.column("image").chunks for path in chunk.field("path").to_pylist())
+    chunks = images.data.column("image").chunks
+    paths = [path for chunk in chunks for path in chunk.field("path").to_pylist()]
+    only_paths = all(chunk.field("bytes").null_count == len(chunk) for chunk in chunks)
+    if only_paths and any(paths) and not any(os.path.isfile(path) for path in paths if path):
+        example = next(filter(None, paths))[:60]
+        what = f"--image_column {args.image_column} of {args.dataset_name} holds texts such as {example!r}"
+        fail(f"{what}, which name no files here: images are wanted, or paths of their files")
     captions = itertools.repeat((None,), len(rows))
     if args.caption_column in rows.column_names:
         captions = data_utils.rows_of(rows, args.caption_column)
+        feature = rows.features[args.caption_column]
+        classes = getattr(getattr(feature, "feature", feature), "names", None)
+        if classes is not None:
+            captions = ((class_names(labels, classes),) for (labels,) in captions)
     where = f"--caption_column {args.caption_column} of {args.dataset_name}, row"
 
     def others():
@@ -983,31 +1137,75 @@ def load_images(args):
     return datasets.concatenate_datasets([images, data_utils.make_table(others())], axis=1)
 
 
+def load_split(name, config_name, split):
+    """A split of a data set of the hub or in a folder, also of `save_to_disk`, which writes no configurations."""
+    saved = any(os.path.isfile(os.path.join(name, file)) for file in ("state.json", "dataset_dict.json"))
+    if not saved or config_name is not None:
+        try:
+            return datasets.load_dataset(name, config_name, split=split)
+        except datasets.exceptions.DatasetGenerationError as error:
+            raise error.__cause__ from None  # itself it does not say what is wrong
+    rows = datasets.load_from_disk(name)
+    if isinstance(rows, datasets.Dataset):
+        return rows
+    if split not in rows:
+        raise ValueError(f"its splits are {', '.join(rows)}")
+    return rows[split]
+
+
+def class_names(labels, classes):
+    """The name of a class, or of each in a list; `None` where there is no label, which is also written as -1."""
+    if isinstance(labels, list):
+        return [class_names(label, classes) for label in labels]
+    return None if labels is None or labels < 0 else classes[labels]
+
+
 def read_folder(folder, image_column, caption_column, instance_prompt):
     """
     Yield path and other columns of each image of --train_data_dir: of those that its metadata lists, in that order,
-    with the captions there; without metadata of all, each with the text of NAME.txt beside it.
+    with the captions there; without metadata of all, each with the text of NAME.txt or NAME.caption beside it.
     """
-    walk = [(at, sorted(files)) for at, _, files in sorted(os.walk(folder)) if f"{os.sep}." not in at[len(folder) :]]
-    names = [f"{at}{name}" for at, files in walk for at in [os.path.join(at, "")] for name in files if name[0] != "."]
+    walk, unread = [], []
+    for at, folders, files in os.walk(folder, onerror=lambda error: unread.append(error.filename)):
+        folders[:] = [name for name in folders if name[0] != "."]
+        unread.extend(path for name in folders if os.path.islink(path := os.path.join(at, name)))
+        walk.append((at, sorted(name for name in files if name[0] != ".")))
+    walk.sort()
+    if unread:
+        some = ", ".join(unread[:5])
+        logger.warning(f"{len(unread)} folders in {folder} are links or cannot be read, and are not used: {some}")
+    names = [f"{at}{name}" for at, files in walk for at in [os.path.join(at, "")] for name in files]
     suffixes = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
     suffixes |= {".heic", ".heif"}
     images = [path for path in names if os.path.splitext(path)[1].lower() in suffixes]
-    texts = {os.path.splitext(path)[0]: path for path in names if path.lower().endswith(".txt")}
+    stems = {os.path.splitext(path)[0] for path in images}
+    texts, others = {}, defaultdict(list)
+    for path in names:
+        stem, suffix = os.path.splitext(path)
+        if stem in stems and suffix.lower() in (".txt", ".caption"):
+            if texts.setdefault(stem, path) != path:
+                fail(f"{texts[stem]} and {path} are both captions of one image: remove one of them")
+        elif suffix.lower() not in suffixes:
+            others[suffix].append(path)
     there = {unicodedata.normalize("NFC", path): path for path in names if not path.isascii()}  # macOS has others
     metadata = [
         os.path.join(at, name) for at, files in walk for name in files if name in ("metadata.jsonl", "metadata.csv")
     ]
-    if metadata and any(os.path.splitext(path)[0] in texts for path in images):
-        name = os.path.basename(metadata[0])
-        fail(f"--train_data_dir {folder} has {name} and captions in .txt files: remove one of them")
+    for path in metadata:
+        if path.endswith(".csv") and f"{path[:-4]}.jsonl" in metadata:
+            fail(f"{path} lies beside metadata.jsonl: remove one of them")
+    if metadata and texts:
+        name, (_, suffix) = os.path.basename(metadata[0]), os.path.splitext(next(iter(texts.values())))
+        fail(f"--train_data_dir {folder} has {name} and captions in {suffix} files: remove one of them")
+    if others and not metadata:
+        kinds = ", ".join(f"{len(paths)} like {paths[0]}" for paths in [*others.values()][:10])
+        logger.warning(f"Not used, neither images that Pillow reads nor NAME.txt or NAME.caption of one: {kinds}")
     if any(re.match(r"\d+_", Path(at).name) for at, _ in walk):
         logger.info(f"Folder names in {folder}, such as 10_name, mean nothing here: every image comes once an epoch.")
-    listed, root = 0, os.path.realpath(folder)
+    listed, root = {}, os.path.realpath(folder)
     for path in metadata:
         at = os.path.dirname(path)
         for where, record in (data_utils.read_csv if path.endswith(".csv") else data_utils.read_json_lines)(path):
-            listed += 1
             for flag, column in (("image_column", image_column), ("caption_column", caption_column)):
                 if column not in record and not (flag == "caption_column" and instance_prompt):
                     fail(f"--{flag} {column}: {where} has {', '.join(record)}; give the one that is meant")
@@ -1015,9 +1213,11 @@ def read_folder(folder, image_column, caption_column, instance_prompt):
             image = image if image.isascii() else there.get(unicodedata.normalize("NFC", image), image)
             if not data_utils.is_inside(image, root):
                 fail(f"{where}: {record[image_column]!r} leads out of --train_data_dir")
+            if (first := listed.setdefault(os.path.normpath(image), path)) != path:
+                fail(f"{where}: {record[image_column]!r} is listed in {first}, too: remove one of them")
             yield image, read_captions(record.get(caption_column), instance_prompt, where)
-    if metadata and len(images) > listed:
-        logger.warning(f"{len(images) - listed} images in {folder} are not listed in its metadata and are not used.")
+    if metadata and (unlisted := sum(os.path.normpath(image) not in listed for image in images)):
+        logger.warning(f"{unlisted} images in {folder} are not listed in its metadata and are not used.")
     for image in () if metadata else images:
         caption, name = instance_prompt, os.path.splitext(image)[0]
         if name in texts:
@@ -1026,15 +1226,14 @@ def read_folder(folder, image_column, caption_column, instance_prompt):
         if caption is None:
             way = f"write {Path(image).stem}.txt beside it, or give --instance_prompt for all such"
             fail(f"{image} has no caption: {way}")
-        if not data_utils.is_inside(image, root):
-            fail(f"{image} leads out of --train_data_dir")
         yield image, read_captions(caption, instance_prompt, image)
 
 
 def read_captions(value, default, where, height=0, width=0):
     """The columns of an image besides it: of a text, a list of texts, or none, where it has none, of the `default`."""
-    values = value if isinstance(value, list) else [value] if value is not None else []
-    if not all(isinstance(text, str | int | float) for text in values):
+    missing = value is None or value != value  # NaN, as pandas writes it
+    values = value if isinstance(value, list) else [] if missing else [value]
+    if not all(type(text) in (str, int) for text in values):  # a truth value is of another type
         fail(f"{where}: the caption is neither a text nor a list of texts: {str(value)[:200]}")
     captions = [str(text) or default or "" for text in values] or [default or ""]
     return {"captions": captions, "height": height, "width": width}
@@ -1060,7 +1259,7 @@ def read_jsonl(path, image_dir, default):
                 value = json.loads(value)
         if isinstance(value, dict):
             fields = ("long_caption", "medium_caption", "short_caption", "text")
-            texts = (text for field in fields if (text := value.get(field)) and str(text).strip())
+            texts = (text for field in fields if (text := value.get(field)) == text and str(text or "").strip())
             value = next(texts, "" if value.keys() & {*fields} else value)
         yield image, read_captions(value, default, where, height, width)
 
@@ -1116,6 +1315,7 @@ def inspect_images(args, model_config, rows):
             found = bad.get(row) or json.loads(value.decode())
             name = found["name"] or f"image {row} of the data set"
             if "error" in found:
+                name = name[-200:]  # what is no path can be of any length
                 if not args.skip_bad_images:
                     others = f", nor can {len(bad) - 1} more" if len(bad) > 1 else ""
                     what = f"{name} cannot be read ({found['error']}){others}"
@@ -1218,10 +1418,12 @@ class TrainingImages(Dataset):
 
 
 def collate(samples):
-    """Stack the tensors of a batch of one image size; keep everything else as lists."""
+    """
+    Stack the tensors of a batch of one image size, as arrays of bytes; keep everything else as lists. Workers send
+    tensors through shared memory, of which a container may have next to none, but arrays through pipes.
+    """
     batch = {key: [sample[key] for sample in samples] for key in samples[0]}
-    batch["drop"] = torch.tensor(batch["drop"])
-    return {k: torch.stack(v) if isinstance(v, list) and torch.is_tensor(v[0]) else v for k, v in batch.items()}
+    return {k: torch.stack(v).view(torch.uint8).numpy() if torch.is_tensor(v[0]) else v for k, v in batch.items()}
 
 
 def make_dataloader(args, accelerator, train_dataset, first_step):
@@ -1235,7 +1437,6 @@ def make_dataloader(args, accelerator, train_dataset, first_step):
         batch_sampler=sampler,
         collate_fn=collate,
         num_workers=args.dataloader_num_workers,
-        pin_memory=accelerator.device.type == "cuda",
         # They leave signals to their process, which still needs them for the step that it finishes.
         worker_init_fn=functools.partial(on_stop_signals, signal.SIG_IGN),
     )
@@ -1258,11 +1459,14 @@ def text_parts(no_text_encoder_3):
 
 def load_text_encoders(args, model_dir, weight_dtype, joint_attention_dim, device):
     """The `StableDiffusion3Pipeline` without its transformer and VAE, whose text encoders compute on `device`."""
-    missing = dict.fromkeys({"transformer", "vae", *TEXT_PARTS} - {*text_parts(args.no_text_encoder_3)})
+    used, classes = text_parts(args.no_text_encoder_3), StableDiffusion3Pipeline.load_config(model_dir)
+    parts = dict.fromkeys({"transformer", "vae", *TEXT_PARTS} - {*used})
     with loading(args.pretrained_model_name_or_path):
-        pipeline = StableDiffusion3Pipeline.from_pretrained(
-            model_dir, variant=args.variant, dtype=weight_dtype, use_safetensors=True, **missing
-        )
+        for part in used:
+            if part.startswith("text_encoder"):
+                encoder = getattr(transformers, classes[part][1])
+                parts[part] = load_part(encoder, model_dir, part, args.variant, dtype=weight_dtype)
+        pipeline = StableDiffusion3Pipeline.from_pretrained(model_dir, **parts)
     # `encode_prompt` asks the transformer for nothing but this width, of the zeros in place of a missing T5.
     pipeline.transformer = SimpleNamespace(config=SimpleNamespace(joint_attention_dim=joint_attention_dim))
     for encoder in (pipeline.text_encoder, pipeline.text_encoder_2, pipeline.text_encoder_3):
@@ -1315,15 +1519,15 @@ def prepare_batch(batch, null_embeds, vae, text_encoders, max_sequence_length, d
     batch["generators"] = [torch.Generator().manual_seed(seed) for seed in batch["seed"]]
     torch.manual_seed(batch["seed"][0])  # LoRA dropout: a function of the position in the run, like all else
     if "moments" in batch:
-        moments = batch["moments"].to(device, non_blocking=True)
+        moments = torch.as_tensor(batch["moments"]).view(torch.float32).to(device, non_blocking=True)
     else:
-        moments = encode_images(vae, batch["pixels"], device)
+        moments = encode_images(vae, torch.as_tensor(batch["pixels"]), device)
     batch["latents"] = encode_latents(vae, moments, batch["generators"])
     if text_encoders is not None:
         batch.update(encode_prompts(text_encoders, batch["caption"], max_sequence_length, device))
-    drop = batch["drop"].to(device, non_blocking=True)
+    drop = torch.as_tensor(batch["drop"]).to(device, non_blocking=True)
     for name in ("prompt_embeds", "pooled_prompt_embeds"):
-        embed = batch[name].to(device, non_blocking=True)
+        embed = torch.as_tensor(batch[name]).view(null_embeds[name].dtype).to(device, non_blocking=True)
         batch[f"null_{name}"] = null_embeds[name].expand_as(embed)
         batch[name] = torch.where(drop.view(-1, *[1] * (embed.ndim - 1)), batch[f"null_{name}"], embed)
     return batch
@@ -1389,7 +1593,7 @@ def plan_caches(args, train_dataset, model_config, weight_dtype, prompts, proces
     pixels = sum(math.prod(size) * len(group) for size, group in latents.items())
     moments = pixels // model_config["vae_scale_factor"] ** 2 * 2 * model_config["latent_channels"]
     needed = moments * torch.float32.itemsize + len(embeds) * model_config["embeds_size"] * weight_dtype.itemsize
-    free = shutil.disk_usage(args.cache_dir).free
+    free = free_space(args.cache_dir) * 2**30
     missing = sum(map(len, latents.values()))
     what = f"{missing} of {totals[0]} latents and {len(embeds)} of {totals[1]} prompt embeddings"
     logger.info(f"Caches in {args.cache_dir}: {what} are missing and take {needed / 2**30:.2f} GiB.")
@@ -1462,7 +1666,14 @@ def check_folders(accelerator, args):
     def write(flag, folder, written):
         with failing_with(f"--{flag} {folder} cannot be written"):
             os.makedirs(folder, exist_ok=True)
-            return written.enter_context(tempfile.NamedTemporaryFile(dir=folder)).name
+            path = written.enter_context(tempfile.NamedTemporaryFile(dir=folder)).name
+        with (
+            failing_with(f"--{flag} {folder}: its file system cannot rename a folder of files; choose a local one"),
+            tempfile.TemporaryDirectory(dir=folder) as probe,
+        ):
+            os.makedirs(f"{probe}/checkpoint.unfinished/part")
+            os.replace(f"{probe}/checkpoint.unfinished", f"{probe}/checkpoint")
+        return path
 
     for flag, folder in (("output_dir", args.output_dir), ("cache_dir", args.cache_dir)):
         with contextlib.ExitStack() as written:
@@ -1490,33 +1701,48 @@ def find_checkpoint(args):
             ways = "choose a new folder, go on with --resume_from_checkpoint latest, or give --overwrite_output_dir"
             fail(f"--output_dir {output} holds another run ({', '.join(old)}): {ways}")
         return None, {"step": 0}
-    folders = checkpoints(output)[::-1] if wanted == "latest" else [Path(wanted), output / wanted]
-    for folder in folders:
-        try:
-            if folder.suffix == ".unfinished":
-                raise ValueError("its writing was interrupted")
-            state = json.loads((folder / "trainer_state.json").read_text())
-        except (OSError, ValueError) as error:
-            logger.info(f"Skipped {folder}, not a whole checkpoint: {error}")
-            continue
-        if state["script"] != Path(sys.argv[0]).name:
-            fail(f"--resume_from_checkpoint {folder}: written by {state['script']}, not by {Path(sys.argv[0]).name}")
-        return str(folder), state
-    if wanted != "latest":
-        fail(f"--resume_from_checkpoint {wanted}: no whole checkpoint there or in {output}")
-    logger.info(f"No checkpoint in {output}: starting from the beginning.")
-    return None, {"step": 0}
+    found = checkpoints(output)
+    folder = [None, *found][-1] if wanted == "latest" else Path(wanted) if os.path.isdir(wanted) else output / wanted
+    try:
+        state = read_state(folder) if folder else {"step": 0}
+    except (OSError, ValueError) as error:
+        fail(
+            f"--resume_from_checkpoint {wanted}: {folder} is no whole checkpoint ({error}). {last_checkpoint(output)}"
+        )
+    for other in output.glob("checkpoint-*"):  # which this run would count, or replace
+        if other not in found and other.suffix != ".unfinished":
+            way = "move it away, or choose another --output_dir"
+            fail(f"{other} is no whole checkpoint of this script: {way}. {last_checkpoint(output)}")
+    if folder is None:
+        logger.info(f"No checkpoint in {output}: starting from the beginning.")
+        return None, state
+    if state["script"] != Path(sys.argv[0]).name:
+        fail(f"--resume_from_checkpoint {folder}: written by {state['script']}, not by {Path(sys.argv[0]).name}")
+    return str(folder), state
+
+
+def read_state(folder):
+    """The `trainer_state.json` of a checkpoint of one of these scripts. `OSError` or `ValueError`: it is none."""
+    if Path(folder).suffix == ".unfinished":
+        raise ValueError("its writing was interrupted")
+    state = json.loads(Path(folder, "trainer_state.json").read_text())
+    if not isinstance(state, dict) or not {"script", "compared", "number"} <= state.keys():
+        raise ValueError("its trainer_state.json is of another program or version")
+    return state
 
 
 def checkpoints(output_dir):
-    """The checkpoints in a folder, by step; one whose writing was interrupted has another name."""
-    steps = {path: path.name.removeprefix("checkpoint-") for path in Path(output_dir).glob("checkpoint-*")}
-    return sorted((path for path, step in steps.items() if step.isdigit()), key=lambda path: int(steps[path]))
+    """The whole checkpoints of these scripts in a folder, and the state of each, in the order of their writing."""
+    states = {}
+    for folder in Path(output_dir).glob("checkpoint-*"):
+        with contextlib.suppress(OSError, ValueError):
+            states[folder] = read_state(folder)
+    return dict(sorted(states.items(), key=lambda item: item[1]["number"]))
 
 
 def last_checkpoint(output_dir):
     """Where to go on from, for a message."""
-    return f"Last checkpoint: {(checkpoints(output_dir) or ['none'])[-1]}"
+    return f"Last checkpoint: {[None, *checkpoints(output_dir)][-1] or 'none'}"
 
 
 @contextlib.contextmanager
@@ -1526,7 +1752,7 @@ def writing(folder, what):
         yield
     except (OSError, RuntimeError, SafetensorError) as error:  # PyTorch and safetensors report a full disk as theirs
         shutil.rmtree(folder, ignore_errors=True)
-        free = shutil.disk_usage(folder.parent).free / 2**30
+        free = free_space(folder.parent)
         fail(f"{what} could not be written ({error}); {free:.1f} GiB are free. {last_checkpoint(folder.parent)}")
 
 
@@ -1565,23 +1791,28 @@ def check_room(args, trained, step):
     number = args.max_train_steps // args.checkpointing_steps - step // args.checkpointing_steps
     if args.checkpoints_total_limit:  # one more while it is written
         number = min(number, max(1, args.checkpoints_total_limit + 1 - len(checkpoints(args.output_dir))))
-    needed, free = (number * size + 4 * trained) / 2**30, shutil.disk_usage(args.output_dir).free / 2**30
+    needed, free = (number * size + 4 * trained) / 2**30, free_space(args.output_dir)
     what = f"{number} checkpoints of {size / 2**30:.1f} GiB and the result, {needed:.1f} GiB, in {args.output_dir}"
     logger.info(f"{what}; {free:.1f} GiB are free. Caches: {args.cache_dir}")
     if needed > free:
         fail(f"no room for {what}: {free:.1f} GiB are free. See --checkpoints_total_limit")
 
 
-def save_checkpoint(accelerator, ema, trainer_state, output_dir, total_limit):
+def free_space(folder):
+    """In GiB; infinite on file systems that report none, such as those in front of object stores."""
+    usage = shutil.disk_usage(folder)
+    return usage.free / 2**30 if usage.total else math.inf
+
+
+def save_checkpoint(accelerator, ema, trainer_state, args):
     """
-    Write `OUTPUT_DIR/checkpoint-STEP` beside, rename it when all of it is on the disk, and only then prune older ones,
-    to `total_limit` where there is one.
+    Write `OUTPUT_DIR/checkpoint-STEP` beside, rename it when all of it is on the disk, and only then prune those that
+    were written first, to --checkpoints_total_limit where there is one.
     """
-    folder = Path(output_dir, f"checkpoint-{trainer_state['step']}")
+    folder = Path(args.output_dir, f"checkpoint-{trainer_state['step']}")
     unfinished = Path(f"{folder}.unfinished")
     if accelerator.is_main_process:
-        for leftover in Path(output_dir).glob("checkpoint-*.unfinished"):
-            shutil.rmtree(leftover)
+        remove_unfinished(folder.parent)
     accelerator.wait_for_everyone()
     with writing(unfinished, str(folder)):
         accelerator.save_state(unfinished)
@@ -1593,21 +1824,43 @@ def save_checkpoint(accelerator, ema, trainer_state, output_dir, total_limit):
             if ema is not None:
                 shadow = {i: t.cpu().contiguous() for i, t in shadow.items()}
                 save_file(shadow, unfinished / "ema.safetensors", {"step": str(ema.optimization_step)})
-            (unfinished / "trainer_state.json").write_text(json.dumps(trainer_state, indent=2))
-            for path in (*unfinished.rglob("*"), unfinished):
-                if path.is_file() or os.name == "posix":  # Windows opens no folder, and syncs nothing read-only
-                    descriptor = os.open(path, os.O_RDWR if path.is_file() else os.O_RDONLY)
-                    os.fsync(descriptor)
-                    os.close(descriptor)
+            number = 1 + max((state["number"] for state in checkpoints(args.output_dir).values()), default=0)
+            (unfinished / "trainer_state.json").write_text(json.dumps(trainer_state | {"number": number}, indent=2))
+            write_through(unfinished)
     if accelerator.is_main_process:
         if folder.exists():  # a resumed run comes by here again
             os.replace(folder, f"{folder}.replaced.unfinished")
         os.replace(unfinished, folder)
-        shutil.rmtree(f"{folder}.replaced.unfinished", ignore_errors=True)
-        for old in checkpoints(output_dir)[:-total_limit] if total_limit else ():
-            shutil.rmtree(old)
         logger.info(f"Saved {folder}")
+        pruned = (
+            [*checkpoints(args.output_dir)][: -args.checkpoints_total_limit] if args.checkpoints_total_limit else []
+        )
+        for old in pruned:  # a kill must not leave a part of it under its name
+            os.replace(old, f"{old}.unfinished")
+        remove_unfinished(folder.parent)
     accelerator.wait_for_everyone()
+
+
+def remove_unfinished(output_dir):
+    """Remove what is no checkpoint yet, or no longer."""
+    for folder in Path(output_dir).glob("checkpoint-*.unfinished"):
+        with optional(f"Removing {folder}"):  # NFS may hold a file of it a little longer
+            shutil.rmtree(folder)
+
+
+def write_through(folder):
+    """Have all files of a folder on the disk, and the folders where their file system can say so."""
+    for path in (*folder.rglob("*"), folder):
+        if path.is_file() or os.name == "posix":  # Windows opens no folder, and syncs nothing read-only
+            descriptor = os.open(path, os.O_RDWR if path.is_file() else os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            except OSError as error:  # CIFS, sshfs and VirtualBox do not sync folders
+                if path.is_file():
+                    raise
+                logger.warning_once(f"The file system of {folder.parent} does not sync folders: {error}")
+            finally:
+                os.close(descriptor)
 
 
 def load_ema(ema, checkpoint):
@@ -1650,7 +1903,7 @@ def log_validation(args, accelerator, transformer, vae, model_dir, prompt_embeds
     Returns:
         `dict[str, list[PIL.Image.Image]]`: the images of each prompt, on every process; none where it failed.
     """
-    scheduler = diffusers.FlowMatchEulerDiscreteScheduler.from_pretrained(model_dir, subfolder="scheduler")
+    scheduler = read_scheduler(model_dir)
     options = {name: getattr(args, name) for name in ("num_inference_steps", "guidance_scale", "max_sequence_length")}
     unwrapped = accelerator.unwrap_model(transformer)
     pipeline = StableDiffusion3Pipeline(unwrapped, scheduler, vae, **dict.fromkeys(TEXT_PARTS))
@@ -1726,6 +1979,15 @@ def save_result(args, accelerator, transformer):
         logger.info(f"Saved the result in {output}")
 
 
+def make_repository(args):
+    """The full name of the hub's repository for the result, made where it is not there and may be written to."""
+    api, name = huggingface_hub.HfApi(), args.hub_model_id or Path(args.output_dir).resolve().name
+    what = f"--push_to_hub {name}: no such repository can be made, or written to"
+    repo = ask_hub(what, api.create_repo, name, exist_ok=True, private=args.hub_private or None).repo_id
+    ask_hub(what, api.auth_check, repo, write=True)
+    return repo
+
+
 def publish(args, images, changes):
     """Write the model card, with what [`log_validation`] and [`check_resume`] found; upload all where asked to."""
     output, rows, usage = Path(args.output_dir), [], USAGE
@@ -1773,9 +2035,8 @@ def publish(args, images, changes):
         api = huggingface_hub.HfApi()
         parts = ["README.md", "training_args.json", "samples/*", "transformer/*", "pytorch_lora_weights.safetensors"]
         what = f"--push_to_hub {title}: the result is safe in {output}, but not uploaded"
-        repo = ask_hub(what, api.create_repo, title, exist_ok=True, private=args.hub_private or None).repo_id
         upload = {"folder_path": output, "allow_patterns": parts, "commit_message": "End of training"}
-        ask_hub(what, lambda repo: api.upload_folder(repo_id=repo, **upload), repo)
+        ask_hub(what, lambda repo: api.upload_folder(repo_id=repo, **upload), title)
 
 
 def run(args):
@@ -1792,6 +2053,9 @@ def run(args):
         flags += "--full_bf16 (all weights) or --bnb_quantization_config_path (LoRA), --offload"
         fail(f"out of memory ({str(error)[:200]}). Try, in this order, {flags}. {last_checkpoint(args.output_dir)}")
     finally:
+        for worker in multiprocessing.active_children():
+            if worker.daemon:  # a data loader's, which ignores the signal that it would be ended with
+                worker.kill()
         output_lock.close()
 
 

@@ -323,6 +323,10 @@ def main():
     # Written beside and then renamed, so that the folder is never half a pipeline.
     partial = out.with_name(out.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir(parents=True)
+    except OSError as error:
+        parser.exit(2, f"error: {error}\n")
     device = "meta" if args.configs_only else "cpu"
     if args.size == "medium" and torch.cuda.is_available() and not args.configs_only:
         device = "cuda"

@@ -65,8 +65,8 @@ import train_sd3_soar as script  # noqa: E402
 # Flags of the training script that mean here what they mean there. Its others, of training, are refused.
 SHARED_FLAGS = """
     --pretrained_model_name_or_path --no_text_encoder_3 --mixed_precision --dataset_name --dataset_config_name
-    --train_data_dir --jsonl_path --image_dir --image_column --caption_column --skip_bad_images --resolution
-    --center_crop --use_aspect_ratio_buckets --aspect_ratio_buckets --max_sequence_length --offload
+    --dataset_split --train_data_dir --jsonl_path --image_dir --image_column --caption_column --skip_bad_images
+    --resolution --center_crop --use_aspect_ratio_buckets --aspect_ratio_buckets --max_sequence_length --offload
     --dataloader_num_workers --output_dir --seed
 """.split()
 ROUNDING = 1e-10  # squared error that float32 itself may make on latents of about unit size: no ratio below it
@@ -137,7 +137,7 @@ def encode_samples(args, model_config, images, dtype, device):
     """
     base = args.pretrained_model_name_or_path
     with script.loading(base):
-        vae = AutoencoderKL.from_pretrained(base, subfolder="vae", use_safetensors=True).requires_grad_(False)
+        vae = script.load_part(AutoencoderKL, base, "vae").requires_grad_(False)
     vae.to("cpu" if args.offload else device)
     text_encoders = script.load_text_encoders(args, base, dtype, model_config["joint_attention_dim"], device)
     null_embeds = script.encode_prompts(text_encoders, [""], args.max_sequence_length, device)

@@ -43,6 +43,8 @@ def parse_args(input_args=None):
     args = parser.parse_args(input_args)
     if not (args.images / "metadata.jsonl").is_file():
         parser.error(f"{args.images} has no metadata.jsonl")
+    if min(args.steps, args.accumulate, args.num_sampling_steps) < 1:
+        parser.error("--steps, --accumulate and --num_sampling_steps must be at least 1")
     return args
 
 
@@ -54,8 +56,7 @@ def soar_losses(args, predict, latents, text, null_text, shift, generator):
         predict (callable): `predict(state, sigma, text)` gives the model's velocity.
         latents (`torch.Tensor` of shape `(1, C, H, W)`): Clean latents, float32, scaled.
         text, null_text: What `predict` takes of the caption, and of the empty caption.
-        shift (`float`): Of the scheduler.
-        generator (`torch.Generator`): Of the noise, on the CPU.
+        shift (`float`), generator (`torch.Generator`): Of the scheduler; of the noise, on the CPU.
     """
     device, denominator = latents.device, 1 + args.lambda_aux * args.trajectory_length
 
@@ -81,7 +82,6 @@ def soar_losses(args, predict, latents, text, null_text, shift, generator):
         place = torch.rand(1, generator=generator).to(device)
         sigma_aux = sigma_next + place * (1 - sigma_next)
         aux_latents = soar_utils.renoise(rollout_latents, noise, sigma_next, sigma_aux)
-
         # 4. From there, the velocity that leads back to the clean image.
         velocity = predict(aux_latents, sigma_aux, text)
         target = soar_utils.correction_target(aux_latents, latents, sigma_aux)
@@ -112,7 +112,11 @@ def encode(args, pipeline):
 def main(args):
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
     generator = torch.manual_seed(0)
+    args.output.mkdir(parents=True, exist_ok=True)  # what cannot be written is known before hours are spent
     pipeline = StableDiffusion3Pipeline.from_pretrained(args.model, dtype=torch.bfloat16).to(device)
+    most = pipeline.transformer.config.pos_embed_max_size * pipeline.patch_size * pipeline.vae_scale_factor
+    if args.resolution % 16 or not 16 <= args.resolution <= most:
+        sys.exit(f"error: --resolution must be divisible by 16, and at most {most} for this model")
     samples, null_text = encode(args, pipeline)
     transformer, shift = pipeline.transformer.float().train(), pipeline.scheduler.config.shift
     del pipeline  # and with it the encoders
@@ -120,15 +124,9 @@ def main(args):
     optimizer = torch.optim.AdamW(transformer.parameters(), lr=args.learning_rate)
 
     def predict(state, sigma, text):
-        prompt_embeds, pooled = text
+        prompt_embeds, pooled = (tensor.to(device) for tensor in text)
         with torch.autocast(device.type, torch.bfloat16):
-            return transformer(
-                hidden_states=state,
-                timestep=soar_utils.sigma_to_timestep(sigma),
-                encoder_hidden_states=prompt_embeds.to(device),
-                pooled_projections=pooled.to(device),
-                return_dict=False,
-            )[0]
+            return transformer(state, prompt_embeds, pooled, soar_utils.sigma_to_timestep(sigma), return_dict=False)[0]
 
     progress = tqdm(range(args.steps), desc="Training")
     for _ in progress:
@@ -142,9 +140,11 @@ def main(args):
         optimizer.step()
         optimizer.zero_grad()
         progress.set_postfix(loss=total)
-
     transformer.save_pretrained(args.output / "transformer")
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    try:
+        main(parse_args())
+    except OSError as error:  # a model or an image that is not there, a folder that cannot be written
+        sys.exit(f"error: {' '.join(str(error).split())}")

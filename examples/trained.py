@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Load a pipeline with what a training run left: all weights of the transformer, or a LoRA."""
+"""Load a pipeline with what a training run left, all weights of the transformer or a LoRA, and draw with it."""
 
+import math
 import os
+import warnings
 from pathlib import Path
 
 import diffusers
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import AutoencoderKL, DiffusionPipeline, SD3Transformer2DModel
 
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
@@ -74,3 +76,34 @@ def load_trained(base, transformer=None, lora=None, lora_scale=1.0, dtype=torch.
         if isinstance(part, torch.nn.Module):
             part.eval()  # a LoRA brings the dropout that it was trained with
     return pipeline
+
+
+def largest_side(base, transformer=None, revision=None):
+    """
+    The largest images that a pipeline draws, by the configs alone, which are read as by [`load_trained`].
+
+    Returns:
+        `float`: pixels a side that a Stable Diffusion 3 has positions for; infinite for any other pipeline.
+    """
+    parts = DiffusionPipeline.load_config(base, revision=revision)
+    if parts.get("transformer", ["", ""])[1] != "SD3Transformer2DModel":
+        return math.inf
+    options = {} if transformer else {"revision": revision}
+    config = SD3Transformer2DModel.load_config(transformer or base, subfolder="transformer", **options)
+    vae = AutoencoderKL.load_config(base, subfolder="vae", revision=revision)
+    return config["pos_embed_max_size"] * config["patch_size"] * 2 ** (len(vae["block_out_channels"]) - 1)
+
+
+def draw_images(pipeline, *inputs, **options):
+    """
+    What a pipeline draws, `list[PIL.Image.Image]`.
+
+    Raises:
+        `ValueError`: If its numbers are not finite, which diffusers would draw black.
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "invalid value encountered in cast", RuntimeWarning)
+        try:
+            return pipeline(*inputs, **options).images
+        except RuntimeWarning:
+            raise ValueError("the pipeline predicts numbers that are not finite") from None

@@ -31,6 +31,7 @@ class Hub(ThreadingHTTPServer):
         requests (`list[tuple[str, str]]`): Method and path of every request so far.
         failures (`dict[str, list]`): By a part of a path, how the next requests to it fail: a status code, or `"cut"`
             for a connection that breaks in the middle of the file.
+        readable (`set[str]`): Repositories that nobody may write to.
         allowed (`set[str]`): Tokens that gated repositories are open to. `hf_known` is valid, and not among them.
         uploaded (`dict[str, dict]`): Of each repository that was created, what the client asked for.
     """
@@ -40,7 +41,7 @@ class Hub(ThreadingHTTPServer):
     def __init__(self, root):
         super().__init__(("127.0.0.1", 0), Handler)
         self.root, self.repos, self.objects, self.uploaded = Path(root), {}, {}, {}
-        self.requests, self.failures, self.allowed = [], {}, {"hf_allowed"}
+        self.requests, self.failures, self.allowed, self.readable = [], {}, {"hf_allowed"}, set()
         self.url = f"http://127.0.0.1:{self.server_port}"
         self.environment = {"HF_ENDPOINT": self.url, "HF_HOME": str(self.root / "cache"), "HF_HUB_OFFLINE": "0"}
         self.environment["HF_HUB_DISABLE_XET"] = "1"  # its storage is another server's
@@ -184,6 +185,11 @@ class Handler(BaseHTTPRequestHandler):
         self.server.uploaded[name] = asked
         return self.json({"url": f"{self.server.url}/{name}"})
 
+    def may_write(self, kind, repo):
+        if repo in self.server.readable:
+            return self.error(403, "Forbidden")
+        return self.send(200)
+
     def preupload(self, kind, repo, revision):
         files = json.loads(self.body)["files"]
         modes = {file["path"]: "lfs" if file["size"] > LARGE else "regular" for file in files}
@@ -242,6 +248,7 @@ ROUTES = {
     rf"/api/{KIND}/{REPO}/paths-info/(?P<revision>[^/]+)": Handler.paths_info,
     rf"/api/{KIND}/{REPO}/preupload/(?P<revision>[^/]+)": Handler.preupload,
     rf"/api/{KIND}/{REPO}/commit/(?P<revision>[^/]+)": Handler.commit,
+    rf"/api/{KIND}/{REPO}/auth-check/write": Handler.may_write,
     r"/api/whoami-v2": Handler.whoami,
     r"/api/repos/create": Handler.create,
     r"/api/validate-yaml": Handler.validate_yaml,

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-Plant errors, one at a time, in a copy of the repository, and see whether the tests that should notice do.
+Plant errors, one at a time, in a copy of the repository, and see whether the tests that should notice do. Before, all
+of these tests must pass as they are.
 
     python tests/mutate.py                 # all of them, two at a time
     python tests/mutate.py --only renoise  # those whose file or line has the word
@@ -9,6 +10,7 @@ Ends with the errors that lived; the exit code is their number. `tests/README.md
 """
 
 import argparse
+import itertools
 import shutil
 import subprocess
 import sys
@@ -46,7 +48,10 @@ MUTATIONS = [
         ".square().flatten(1).mean(dim=1).mean().expand(len(target))",
         FORMULAS,
     ),
+    (UTILS, "(1 + (shift - 1) * u)).clamp(max=1)", "(1 + (shift - 1) * u))", FORMULAS),
+    (UTILS, "sigma.clamp(max=sigma_max)", "sigma.clamp(max=1 - 1e-6)", FORMULAS),
     (SOAR, "velocity_cfg = velocity.detach()", "velocity_cfg = velocity", STEP),
+    (SOAR, ".clamp(soar_utils.U_MIN, 1)", ".clamp(0, 1)", STEP),
     (SOAR, "latents[samples], sigma_aux)", "latents[samples.flip(0)], sigma_aux)", STEP),
     (SOAR, "sigma_next + place * (sigma_upper - sigma_next)", "sigma_next + place * (sigma_upper - sigma)", STEP),
     (SOAR, "with sync(number == len(chunks)):", "with sync(number == 1):", "test_elastic.py -k one_process_or_two"),
@@ -116,6 +121,38 @@ MUTATIONS = [
     (SOAR, "each = accelerator.is_fsdp2", "each = False", "test_elastic.py -k sharded"),
     (SOAR, '"output_dtype": None', '"output_dtype": torch.bfloat16', "test_elastic.py -k sharded"),
     (SOAR, '"reduce_dtype": torch.float32', '"reduce_dtype": torch.bfloat16', "test_elastic.py -k sharded"),
+    (
+        SFT,
+        'data_utils.derive_seed(args.seed, "rounding", global_step)',
+        'data_utils.derive_seed(args.seed, "rounding")',
+        "test_flags.py -k rounds_anew",
+    ),
+    (
+        SFT,
+        "                with averaged_weights(ema, parameters):\n                    log_validation",
+        "                with averaged_weights(None, parameters):\n                    log_validation",
+        "test_flags.py -k sees_the_average",
+    ),
+    (SFT, "        ema.restore(parameters)", "        pass", "test_flags.py -k sees_the_average"),
+    (
+        SFT,
+        'logger.warning(f"Skipped {what}")',
+        'logger.warning(f"Skipped {what}") or ema.step(parameters)',
+        "test_flags.py -k are_not_averaged",
+    ),
+    (SOAR, "accelerator.scaler.update()", "pass", "test_faults.py -k fp16"),
+    (SOAR, 'key=lambda item: item[1]["number"]', 'key=lambda item: item[1]["step"]', "test_faults.py -k written_last"),
+    (SFT, '"purge_step": saved_state["step"] + 1', '"purge_step": None', "test_faults.py -k tracker_forgets"),
+    (SOAR, "                whole = False\n", "", "test_faults.py -k error_of_the_step"),
+    (SOAR, "float(failure is not None)", "0.0", "test_faults.py -k data_that_fails_costs"),
+    (
+        SOAR,
+        "                if path.is_file():\n                    raise\n",
+        "",
+        "test_faults.py -k cannot_be_synced",
+    ),
+    (SFT, " or answer.status_code == 429", "", "test_hub.py -k asks_to_wait"),
+    (SFT, "    ask_hub(what, api.auth_check, repo, write=True)\n", "", "test_hub.py -k may_be_uploaded"),
     # Evaluation
     (
         f"{EVALUATION}/geneval.py",
@@ -177,17 +214,18 @@ MUTATIONS = [
 ]
 
 
-def lives(mutation):
-    """Whether the tests pass with an error planted, in a copy of its own."""
-    file, old, new, tests = mutation
+def passes(tests, mutation=None):
+    """Whether the tests pass in a copy of the repository, with an error planted where there is one."""
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder, "repository")
         ignored = shutil.ignore_patterns(".git", ".venv*", "outputs", "__pycache__", ".pytest_cache", ".ruff_cache")
         shutil.copytree(ROOT, copy, ignore=ignored)
-        text = (copy / file).read_text()
-        if text.count(old) != 1:
-            raise SystemExit(f"error: {file} has {text.count(old)} times: {old!r}")
-        (copy / file).write_text(text.replace(old, new))
+        if mutation is not None:
+            file, old, new, _ = mutation
+            text = (copy / file).read_text()
+            if text.count(old) != 1:
+                raise SystemExit(f"error: {file} has {text.count(old)} times: {old!r}")
+            (copy / file).write_text(text.replace(old, new))
         name, _, words = tests.partition(" -k ")
         command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", f"tests/{name}"]
         command += ["-k", words.strip("'")] if words else []
@@ -203,9 +241,16 @@ def main():
     parser.add_argument("--workers", type=int, default=2)
     args = parser.parse_args()
     chosen = [mutation for mutation in MUTATIONS if args.only in " ".join(mutation)]
+    selections = [*dict.fromkeys(tests for *_, tests in chosen)]
     with ThreadPoolExecutor(args.workers) as pool:
-        found = list(tqdm(pool.map(lives, chosen), "Planting", len(chosen), unit="error"))
-    alive = [mutation for mutation, lived in zip(chosen, found, strict=True) if lived]
+        # A test that fails anyway notices nothing.
+        sound = list(tqdm(pool.map(passes, selections), "Without an error", len(selections), unit="selection"))
+        if not all(sound):
+            failing = [tests for tests, passed in zip(selections, sound, strict=True) if not passed]
+            raise SystemExit(f"error: these fail without any error planted: {'; '.join(failing)}")
+        planted = pool.map(lambda mutation: passes(mutation[-1], mutation), chosen)
+        lived = list(tqdm(planted, "Planting", len(chosen), unit="error"))
+    alive = list(itertools.compress(chosen, lived))
     for file, old, new, tests in alive:
         print(f"lived: {file}: {old!r} -> {new!r} ({tests})")
     print(f"{len(chosen) - len(alive)} of {len(chosen)} planted errors were noticed")

@@ -5,6 +5,7 @@ import contextlib
 import importlib
 import json
 import logging
+import math
 import os
 import re
 import shutil
@@ -17,10 +18,17 @@ from pathlib import Path
 import filelock
 import pytest
 import torch
-from diffusers import AutoencoderKL, SD3Transformer2DModel, StableDiffusion3Pipeline
+from diffusers import (
+    AutoencoderKL,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+    UniPCMultistepScheduler,
+)
 from harness import ROOT, SCRIPTS, equal, finish, start_two
 from PIL import Image, ImageFile
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 
 SFT, SOAR, LORA = SCRIPTS
@@ -146,6 +154,10 @@ def test_exactly_one_data_source(script, sources, capsys):
         (["--jsonl_path", __file__, "--image_dir", "nowhere"], ["--image_dir nowhere", "no such folder"]),
         (["--jsonl_path", __file__], ["--jsonl_path and --image_dir"]),
         (["--image_dir", "."], ["--image_dir has no effect without --jsonl_path"]),
+        (["--dataset_split", "test"], ["--dataset_split has no effect without --dataset_name"]),
+        (["--train_data_dir", ".", "--output_dir", "out"], ["--output_dir out is inside --train_data_dir ."]),
+        (["--train_data_dir", "tests/", "--output_dir", "tests"], ["--output_dir tests is inside"]),
+        (["--dataset_name", "tests", "--output_dir", "tests/out"], ["tests/out is inside --dataset_name tests"]),
         (
             ["--allow_resume_changes", "seed"],
             ["no effect without --resume_from_checkpoint"],
@@ -172,6 +184,16 @@ def test_exactly_one_data_source(script, sources, capsys):
         (["--optimizer", "prodigy", "--use_8bit_adam"], ["--use_8bit_adam", "prodigy"]),
         (["--full_bf16", "--use_8bit_adam"], ["--full_bf16", "--use_8bit_adam", "give one of them"]),
         (["--full_bf16", "--optimizer", "prodigy"], ["--full_bf16", "--optimizer prodigy", "give one of them"]),
+        (["--hub_token", "hf_x", "--report_to", "wandb"], ["--hub_token", "hf auth login"]),
+        (["--hub_token", "hf_x", "--report_to", "all"], ["--hub_token", "hf auth login"]),
+        (["--num_sampling_steps", "1001"], ["--num_sampling_steps", "1000"]),
+        (["--seed", str(2**63)], ["--seed", "from 0 to 9223372036854775807"]),
+        (["--sde_rollout_type", "cps"], ["--sde_rollout_type has no effect without --num_rollout_paths"]),
+        (["--sde_noise_scale", "0.7"], ["--sde_noise_scale has no effect without --num_rollout_paths"]),
+        (
+            ["--num_rollout_paths", "2", "--sde_rollout_type", "sde", "--sde_noise_scale", "0.7"],
+            ["--sde_noise_scale has no effect with --sde_rollout_type sde"],
+        ),
         (["--report_to", "notes"], ["--report_to", "'notes'", "'tensorboard'"]),
         (["--report_to", "trackio"], ["--report_to trackio", "pip install trackio"]),
         (["--max_train_step", "5"], ["--max_train_step"]),
@@ -228,20 +250,20 @@ def test_flags_without_effect(script, tmp_path, capsys, monkeypatch):
     module.parse_args(needed)
     names = []
     for action in parsers[0]._actions:
-        for flag, value in re.findall(r"^With --(\w+) ?(\w*):", action.help or ""):
+        for flag, needs in re.findall(r"^With --(\w+) ?(\w*):", action.help or ""):
             name = action.option_strings[-1]  # of a pair the one that is not the default
-            given = (
-                [name] if action.nargs == 0 else [name, "0.5" if name in ("--prodigy_beta3", "--ema_decay") else "16"]
-            )
+            fraction = name in ("--prodigy_beta3", "--ema_decay", "--sde_noise_scale")
+            value = "0.25" if fraction else "cps" if action.choices else "16"
+            given = [name] if action.nargs == 0 else [name, value]
             names.append(action.option_strings[0])
             with pytest.raises(SystemExit, match="2"):
                 # The noise levels' default is what two of the flags belong to.
                 module.parse_args(
-                    [*needed, *given, *(["--weighting_scheme", "none"] if value == "logit_normal" else [])]
+                    [*needed, *given, *(["--weighting_scheme", "none"] if needs == "logit_normal" else [])]
                 )
-            without = f"--{flag} {value}".strip()
+            without = f"--{flag} {needs}".strip()
             assert f"{names[-1]} has no effect without {without}" in capsys.readouterr().err
-            other = {"use_ema": [], "push_to_hub": []}.get(flag, [value or "x"])
+            other = {"use_ema": [], "push_to_hub": [], "num_rollout_paths": ["2"]}.get(flag, [needs or "x"])
             with contextlib.suppress(SystemExit):  # for another reason, such as two data sets
                 module.parse_args([*needed, *given, f"--{flag}", *other])
             assert "has no effect" not in capsys.readouterr().err
@@ -299,15 +321,47 @@ def test_missing_column(flag, refuse, photos):
         assert f"--{flag} nothing" in message and columns in message and "give the one that is meant" in message
 
 
-def test_columns_of_another_kind(refuse, tmp_path):
+def test_columns_of_another_kind(refuse, photos, tmp_path):
     import datasets
 
-    rows = {"text": ["a", "b"], "number": [1, 2], "tags": [{"a": 1}, {"b": 2}]}
+    rows = {"file": [str(photos / "coins.png")] * 2, "number": [1, 2], "tags": [{"a": 1}, {"b": 2}]}
+    rows |= {"score": [0.5, None], "good": [True, False]}
     datasets.Dataset.from_dict(rows).to_parquet(tmp_path / "data" / "train.parquet")
     data = ("--dataset_name", tmp_path / "data")
-    assert "--image_column number" in refuse(SFT, *data, "--image_column", "number")
-    message = refuse(SFT, *data, "--image_column", "text", "--caption_column", "tags")
-    assert f"--caption_column tags of {tmp_path / 'data'}, row 0: the caption is neither a text nor a list" in message
+    assert "--image_column number" in refuse(SFT, *data, "--image_column", "number", "--caption_column", "tags")
+    for column in ("tags", "score", "good"):
+        message = refuse(SFT, *data, "--image_column", "file", "--caption_column", column)
+        assert f"--caption_column {column} of {tmp_path / 'data'}, row 0: the caption is neither a text nor" in message
+
+
+@pytest.mark.parametrize("value", ["https://example.org/cat.jpg", "/9j/4AAQSkZJRgABAQAAAQABAAD/2wBDAAgGBgcG" * 300])
+def test_columns_of_other_texts(value, refuse, photos, tmp_path):
+    """URLs, or the files themselves as base64: a short line says what the column holds, and what is wanted."""
+    import datasets
+
+    rows = datasets.Dataset.from_dict({"image": [value, value + "x"], "text": ["a", "b"]})
+    (tmp_path / "data").mkdir()
+    rows.to_parquet(tmp_path / "data" / "train.parquet")
+    message = refuse(SFT, "--dataset_name", tmp_path / "data")
+    assert f"--image_column image of {tmp_path / 'data'} holds texts such as" in message and value[:20] in message
+    assert "images are wanted, or paths" in message and len(message) < 400
+    rows = datasets.Dataset.from_dict({"image": [str(photos / "coins.png"), value], "text": ["a", "b"]})
+    rows.to_parquet(tmp_path / "data" / "train.parquet")  # one of them is no path
+    message = refuse(SFT, "--dataset_name", tmp_path / "data")
+    assert "cannot be read" in message and len(message) < 600
+
+
+def test_splits(refuse, tmp_path):
+    """The line names those that there are."""
+    import datasets
+
+    rows = datasets.DatasetDict({"test": datasets.Dataset.from_dict({"text": ["a"]})})
+    rows.save_to_disk(tmp_path / "saved")
+    (tmp_path / "data").mkdir()
+    rows["test"].to_parquet(tmp_path / "data" / "test-00000-of-00001.parquet")
+    for folder in (tmp_path / "saved", tmp_path / "data"):
+        message = refuse(SFT, "--dataset_name", folder)
+        assert f"--dataset_name {folder} --dataset_split train" in message and "test" in message.split(folder.name)[1]
 
 
 def test_image_folder_without_captions(refuse, tmp_path, images):
@@ -323,9 +377,25 @@ def test_two_kinds_of_captions(refuse, images):
     (folder / "b.txt").write_text("another b")
     message = refuse(SFT, "--train_data_dir", folder)
     assert f"{folder} has metadata.jsonl and captions in .txt files: remove one of them" in message
+    (folder / "metadata.jsonl").unlink()
+    (folder / "b.caption").write_text("a third b")
+    message = refuse(SFT, "--train_data_dir", folder)
+    assert str(folder / "b.txt") in message and str(folder / "b.caption") in message and "remove one" in message
 
 
-@pytest.mark.parametrize("caption", [{"other": "a"}, [["a"]], [{"text": "a"}]])
+def test_two_metadata_files(refuse, images):
+    """One beside the other, or in two folders, of the same image by different names."""
+    folder = images({"a.png": "a", "b.png": "b"})
+    (folder / "metadata.csv").write_text("file_name,text\na.png,another a\n")
+    assert f"{folder / 'metadata.csv'} lies beside metadata.jsonl" in refuse(SFT, "--train_data_dir", folder)
+    (folder / "more").mkdir()
+    (folder / "metadata.csv").rename(folder / "more" / "metadata.csv")
+    (folder / "more" / "metadata.csv").write_text("file_name,text\n../more/./../a.png,another a\n")
+    message = refuse(SFT, "--train_data_dir", folder)
+    assert "more/metadata.csv, line 2" in message and f"listed in {folder / 'metadata.jsonl'}, too" in message
+
+
+@pytest.mark.parametrize("caption", [{"other": "a"}, [["a"]], [{"text": "a"}], True, [False], 0.5, [math.nan]])
 def test_captions_of_another_shape(caption, refuse, images):
     """They are not emptied: the line is named, and what is wanted, in each format."""
     folder = images({"a.png": "a", "b.png": "b"})
@@ -400,6 +470,37 @@ def test_undecodable_image(kind, refuse, run, images, caplog):
     assert f"Dropped {broken}" in caplog.text and "2 images, 1 dropped" in caplog.text
 
 
+@pytest.mark.parametrize(
+    ("data", "named"),
+    [
+        (b"", "the file is empty"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:12\nsize 9\n", "git lfs pull"),
+        (b"\xef\xbb\xbf\n<!DOCTYPE html>\n<HTML lang=en>...", "HTML page"),
+    ],
+)
+def test_other_files_by_the_name_of_a_picture(data, named, refuse, images):
+    """Said as what they are, so that nobody looks for a converter."""
+    folder = images({"a.png": "a", "b.png": "b"})
+    (folder / "b.png").write_bytes(data)
+    message = refuse(SFT, "--train_data_dir", folder)
+    assert f"{folder / 'b.png'} cannot be read" in message and named in message and "JPEG" not in message
+
+
+@pytest.mark.parametrize("source", ["--train_data_dir", "--jsonl_path"])
+def test_names_that_are_not_unicode(source, refuse, tmp_path):
+    """As an archive of Latin-1 leaves them, of a file or of its folder: the bytes are shown."""
+    folder = tmp_path / os.fsdecode(b"K\xe4fer")
+    folder.mkdir()
+    data = [source, folder]
+    if source == "--jsonl_path":
+        (tmp_path / "data.jsonl").write_text('{"md5": "a", "caption_en": "a"}')
+        data = [source, tmp_path / "data.jsonl", "--image_dir", folder]
+    Image.new("RGB", (40, 40)).save(folder / "a.png")
+    message = refuse(SFT, *data, "--instance_prompt", "a")
+    assert r"K\xe4fer/a.png" in message and "not UTF-8; rename it" in message
+    assert "can't encode character" in refuse(SFT, "--dataset_name", folder, "--instance_prompt", "a")
+
+
 def test_missing_image_of_the_jsonl(refuse, authors):
     lines = [{"md5": name, "caption_en": name} for name in ("a", "missing")]
     message = refuse(SFT, *authors(*lines))
@@ -472,7 +573,7 @@ def test_empty_captions(caption, refuse, images):
         (b'{"md5": "b", "caption_en": "x", "bw": 32}', "`bw` and `bh`"),
         (b'{"md5": "../secret", "caption_en": "x"}', "../secret"),
         (b'{"md5": "%(folder)s/secret", "caption_en": "x"}', "secret"),
-        (b'{"md5": "link", "caption_en": "x"}', "link"),
+        (b'{"md5": "linked/secret", "caption_en": "x"}', "linked/secret"),
         (b'{"md5": "b\\u0000", "caption_en": "x"}', "`md5`"),
         (b'{"md5": "%(long)s", "caption_en": "x"}', "`md5`"),
     ],
@@ -483,7 +584,7 @@ def test_bad_line_in_the_jsonl(line, named, refuse, authors, tmp_path):
     Image.new("RGB", (40, 40)).save(tmp_path / "secret.png")
     line = line.replace(b"%(folder)s", str(tmp_path).encode()).replace(b"%(long)s", b"b" * 300)
     arguments = authors({"md5": "a", "caption_en": "x"}, b"", line, {"md5": "c", "caption_en": "x"})
-    (tmp_path / "image_dir" / "link.png").symlink_to(tmp_path / "secret.png")
+    (tmp_path / "image_dir" / "linked").symlink_to(tmp_path)
     message = refuse(SFT, *arguments)
     assert f"{tmp_path / 'data.jsonl'}, line 3" in message and named in message
 
@@ -558,6 +659,129 @@ def test_damaged_weights(refuse, pipeline, tmp_path):
     file.write_bytes(file.read_bytes()[:5000])
     message = refuse(SFT, "--pretrained_model_name_or_path", model, after_loading=True)
     assert f"--pretrained_model_name_or_path {model}" in message
+
+
+@pytest.mark.parametrize("script", [SFT, LORA])
+@pytest.mark.parametrize("part", ["transformer", "vae", "text_encoder", "text_encoder_3"])
+def test_weights_without_one_tensor(part, script, refuse, pipeline, tmp_path):
+    """Neither left empty nor drawn at random, as the libraries would: the folder and the tensor are named."""
+    model = tmp_path / "model"
+    shutil.copytree(pipeline, model)
+    (file,) = (model / part).glob("*.safetensors")
+    state = load_file(file)
+    lost = sorted(state)[len(state) // 2]
+    save_file({name: tensor for name, tensor in state.items() if name != lost}, file, {"format": "pt"})
+    message = refuse(script, "--pretrained_model_name_or_path", model, after_loading=True)
+    assert f"--pretrained_model_name_or_path {model}" in message
+    assert f"the weights in {model / part} lack {lost}" in message
+
+
+@pytest.mark.parametrize("script", [SFT, LORA])
+def test_a_variant_that_no_part_has(script, refuse, pipeline):
+    message = refuse(script, "--variant", "fp17")
+    assert message == f"error: --variant fp17: {pipeline} has no weights of that name"
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "reason"),
+    [
+        (EulerDiscreteScheduler(), "its EulerDiscreteScheduler has no shift"),
+        (DPMSolverMultistepScheduler(), "its DPMSolverMultistepScheduler has no shift"),
+        (UniPCMultistepScheduler(use_flow_sigmas=True, use_dynamic_shifting=True), "dynamic shifting"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_a_scheduler_without_a_shift(scheduler, reason, refuse, pipeline, tmp_path):
+    """No noise levels are guessed for a pipeline whose own are not those of a flow, or no constant ones."""
+    model = tmp_path / "model"
+    shutil.copytree(pipeline, model)
+    StableDiffusion3Pipeline.from_pretrained(pipeline, scheduler=scheduler).save_pretrained(model)
+    message = refuse(SFT, "--pretrained_model_name_or_path", model)
+    assert str(model) in message and reason in message
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_accelerates_compiler(script, refuse, monkeypatch):
+    """It would give all saved weights names that no program knows."""
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "eager")
+    message = refuse(script)
+    assert "--torch_compile" in message and "dynamo_config" in message and "ACCELERATE_DYNAMO_BACKEND" in message
+
+
+LAYER = "transformer_blocks.0.attn.to_q"
+SHAPES = {"A": (2, 32), "B": (32, 2)}
+ONE = {f"transformer.{LAYER}.lora_{part}.weight": torch.ones(shape) for part, shape in SHAPES.items()}
+MAGNITUDE = {f"transformer.{LAYER}.lora_magnitude_vector": torch.ones(32)}
+OTHER = {name.replace("to_q", "to_k"): tensor.clone() for name, tensor in ONE.items()}
+FLUX = {name.replace("transformer_b", "single_transformer_b"): tensor.clone() for name, tensor in ONE.items()}
+NO_LORA, ELSE = "is no LoRA of a layer of this model", "it is of another kind, or not whole"
+LORAS = {
+    "LoKr": ({f"transformer.{LAYER}.lokr_w{i}": torch.ones(4, 4) for i in (1, 2)}, NO_LORA),
+    "LoHa": ({f"transformer.{LAYER}.hada_w{i}": torch.ones(2, 32) for i in ("1_a", "1_b", "2_a", "2_b")}, NO_LORA),
+    "kohya": ({"lora_unet_joint_blocks_0_x_block_attn_qkv.lora_down.weight": torch.ones(2, 32)}, "convert_for_ui.py"),
+    "LyCORIS": ({f"lycoris_{LAYER.replace('.', '_')}.lora_down.weight": torch.ones(2, 32)}, NO_LORA),
+    "another model": (ONE | FLUX, NO_LORA),
+    "another width": ({k: torch.ones([3 * n // 2 for n in v.shape]) for k, v in ONE.items()}, "size mismatch"),
+    "text encoders": ({k.replace("transformer.", "text_encoder.", 1): v for k, v in ONE.items()}, "holds nothing"),
+    "nothing": ({}, "holds nothing"),
+    "no B": (dict([*ONE.items()][:1]), NO_LORA),
+    "no A": (ONE | dict([*OTHER.items()][1:]), ELSE),
+    "a part of a DoRA": (ONE | OTHER | MAGNITUDE, ELSE),
+    "alpha of nothing": (ONE | {"transformer.proj_out.alpha": torch.tensor(1.0)}, NO_LORA),
+}
+
+
+@pytest.mark.parametrize("kind", LORAS)
+@pytest.mark.parametrize("resumed", [False, True])
+def test_a_lora_that_is_none(kind, resumed, refuse, tmp_path):
+    """What would be dropped, drawn at random, or trained to what no pipeline loads is refused by the flag's name."""
+    (tmp_path / "lora").mkdir()
+    save_file(LORAS[kind][0], tmp_path / "lora" / "pytorch_lora_weights.safetensors")
+    more = ["--resume_from_checkpoint", "latest"] if resumed else []
+    message = refuse(LORA, "--lora", tmp_path / "lora", *more)
+    assert message.startswith(f"error: --lora {tmp_path / 'lora'}: ") and LORAS[kind][1] in message
+
+
+def test_a_lora_that_cannot_be_read(refuse, tmp_path):
+    """A file under another name, one that is pickled, damaged ones, and a name that the hub does not have."""
+    folder = tmp_path / "lora"
+    folder.mkdir()
+    file = folder / "pytorch_lora_weights.safetensors"
+    save_file(ONE, folder / "mine.safetensors")
+    torch.save(ONE, folder / "pytorch_lora_weights.bin")
+    assert "if it has another name, give the file" in refuse(LORA, "--lora", folder)
+    assert "header" in refuse(LORA, "--lora", folder / "pytorch_lora_weights.bin")
+    file.write_bytes(b"damaged")
+    assert refuse(LORA, "--lora", folder).startswith(f"error: --lora {folder}: ")
+    save_file(ONE, file, {"lora_adapter_metadata": json.dumps({"transformer.r": 3})})
+    assert "size mismatch" in refuse(LORA, "--lora", folder)
+    save_file(ONE, file, {"lora_adapter_metadata": "{"})
+    assert refuse(LORA, "--lora", folder).startswith(f"error: --lora {folder}: ")
+    file.unlink()
+    save_file(ONE, folder / "adapter_model.safetensors")
+    assert "adapter_config.json" in refuse(LORA, "--lora", folder)
+    assert refuse(LORA, "--lora", "nobody/nothing").startswith("error: --lora nobody/nothing cannot be loaded")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "named"),
+    [
+        (["--lora", "{lora}", "--use_dora"], 1, "leave out --rank and all --lora_ flags and --use_dora"),
+        (["--lora", "{lora}", "--rank", "4"], 1, "leave out --rank and all --lora_ flags"),
+        (["--lora", "{lora}", "--lora_alpha", "32"], 1, "leave out --rank and all --lora_ flags"),
+        (["--lora", "{lora}", "--lora_dropout", "0.1"], 1, "leave out --rank and all --lora_ flags"),
+        (["--lora", "{lora}", "--lora_layers", "attn.to_q"], 1, "leave out --rank and all --lora_ flags"),
+        (["--lora", "{lora}", "--lora_blocks", "0"], 1, "leave out --rank and all --lora_ flags"),
+        (["--lora_alpha", "0"], 2, "--lora_alpha"),
+        (["--lora_dropout", "1"], 2, "--lora_dropout"),
+    ],
+    ids=str,
+)
+def test_a_lora_that_would_not_train(arguments, code, named, refuse, tmp_path):
+    """With an alpha of 0 or all of the input dropped, B stays 0 while the loss looks as it should."""
+    (tmp_path / "lora").mkdir()
+    save_file(ONE, tmp_path / "lora" / "pytorch_lora_weights.safetensors")
+    assert named in refuse(LORA, *(word.format(lora=tmp_path / "lora") for word in arguments), code=code)
 
 
 @pytest.mark.parametrize(
@@ -669,14 +893,3 @@ def test_damaged_checkpoint(missing, run, refuse, tmp_path):
     shutil.rmtree(part) if part.is_dir() else part.unlink()
     message = refuse(SFT, "--use_ema", "--resume_from_checkpoint", "latest", after_loading=True)
     assert "checkpoint-1" in message.split(":")[1], message
-
-
-# The run
-
-
-def test_upload_that_fails_leaves_the_result(run, tmp_path, monkeypatch, caplog):
-    """A warning, after the result was written."""
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    run(LORA, "--push_to_hub", "--hub_model_id", "someone/something")
-    assert "--push_to_hub someone/something: the result is safe in" in caplog.text
-    assert (tmp_path / "out" / "pytorch_lora_weights.safetensors").exists()

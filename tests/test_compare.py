@@ -188,6 +188,24 @@ def test_differences_against_an_independent_computation(tmp_path):
     assert run(tmp_path / "again", *arguments) == comparison
 
 
+@pytest.mark.parametrize("value", ["NaN", "-Infinity", "1" + "0" * 400])
+def test_what_is_no_number_is_missing(tmp_path, value):
+    """In scores, as in seeds and settings: means are those of the others, and what is written is JSON."""
+    rows = [(f"p{i}", 0, None, {"ocr": 0.7 + i / 10}) for i in range(3)]
+    folder = write_run(tmp_path / "base", rows)
+    for name in ("scores/ocr.jsonl", "metadata.jsonl", "generation.json"):
+        text = (folder / name).read_text()
+        (folder / name).write_text(re.sub('"(score|seed|guidance_scale)": [^,}]*', rf'"\1": {value}', text, count=1))
+    run(tmp_path / "out", folder, f"other={write_run(tmp_path / 'other', rows)}")
+    text = (tmp_path / "out" / "comparison.json").read_text()
+    comparison = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+    found, cells = comparison["scores"]["ocr"]["base"], page_data(tmp_path / "out")["cards"][0]["rows"][0]
+    assert (found["mean"], found["images"], found["missing"]) == (pytest.approx(0.85), 2, 1)
+    assert comparison["differences"]["ocr"]["other"]["images"] == 2
+    assert [cell["scores"] for cell in cells] == [[None], [0.7]] and (cells[0]["seed"], cells[1]["seed"]) == (None, 0)
+    assert comparison["settings"]["guidance_scale"]["other"] == 4.5
+
+
 def test_published_figures(tmp_path):
     """They are marked as such, and are those of the paper."""
     run(tmp_path / "out", write_run(tmp_path / "base", [("a", 0, None, {"ocr": 0.5})]))
@@ -284,7 +302,9 @@ def test_refusals(tmp_path):
         "broken": write_run(tmp_path / "broken", [("a", 0, None, {"ocr": 0.5}), ("b", 0, None, {"ocr": 0.5})]),
         "settings": write_run(tmp_path / "settings", [("a", 0, None, {"ocr": 0.5})]),
         "twice": write_run(tmp_path / "twice", [("a", 0, None, {"ocr": 0.5})]),
+        "folder": write_run(tmp_path / "folder", [("a", 0, None, {"pickscore": 0.5})]),
     }
+    (others["folder"] / "scores" / "ocr.jsonl").mkdir()
     with open(others["broken"] / "scores" / "ocr.jsonl", "r+") as file:
         file.truncate(len(file.read()) - 9)
     (others["settings"] / "generation.json").write_text("[1]")
@@ -303,6 +323,7 @@ def test_refusals(tmp_path):
         "broken": "broken/scores/ocr.jsonl, line 2 is not JSON",
         "settings": "settings/generation.json is not a JSON object",
         "twice": "twice/metadata.jsonl: images/00000-0.png is twice",
+        "folder": "folder/scores/ocr.jsonl is no file",
     }
     output = tmp_path / "out"
     calls = [([good, others[name]], message.format(name)) for name, message in wrong.items()]

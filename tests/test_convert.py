@@ -110,6 +110,36 @@ def test_some_of_query_key_and_value(run, pipeline):
     assert (change[32:64] == 0).all() and change[:32].any() and change[64:].any()
 
 
+def test_a_lora_in_kohyas_names_and_back(lora, pipeline, run, tmp_path, capsys):
+    """What training goes on with has the effect of the file, to the last of its ranks."""
+    with safe_open(lora / "checkpoint-2" / "pytorch_lora_weights.safetensors", "pt") as file:
+        metadata = json.loads(file.metadata()["lora_adapter_metadata"])
+    state = convert_for_ui.convert_lora(weights(lora / "checkpoint-2"), metadata)
+    key = "lora_unet_joint_blocks_0_x_block_mlp_fc1"
+    for name in (key, "lora_unet_joint_blocks_1_x_block_attn_qkv"):  # its strength elsewhere: the same effect
+        state[f"{name}.lora_up.weight"] *= 4
+        state[f"{name}.alpha"] /= 4
+    del state["lora_unet_joint_blocks_1_context_block_mlp_fc1.alpha"]  # none is 1
+    save_file(state | {"lora_te1_text_model.lora_down.weight": torch.ones(2, 2)}, tmp_path / "kohya.safetensors")
+    file = tmp_path / "lora" / "pytorch_lora_weights.safetensors"
+    file.parent.mkdir()
+    convert_for_ui.main([str(tmp_path / "kohya.safetensors"), str(file)])
+    assert "1 tensors of text encoders are left out" in capsys.readouterr().out
+    back, trained = weights(file.parent), weights(lora)
+    trained = {name: t for name, t in trained.items() if "2.attn.add_q_proj" not in name}  # it has no effect, ever
+    assert {name: tensor.shape for name, tensor in back.items()} == {name: t.shape for name, t in trained.items()}
+    one, other = merged(pipeline, file.parent), merged(pipeline, lora)
+    assert all(torch.allclose(one[name], other[name], rtol=0, atol=1e-6) for name in one)
+    out = run("train_sd3_soar_lora", "--lora", file.parent, "--learning_rate", 0, "--output_dir", tmp_path / "out2")
+    assert all(torch.equal(tensor, back[name]) for name, tensor in weights(out).items())
+    for name in (f"{key}.dora_scale", f"{key}.hada_w1_a", "lora_unet_input_blocks_1.lora_down.weight"):
+        save_file(state | {name: torch.ones(2, 2)}, tmp_path / "kohya.safetensors")
+        with pytest.raises(SystemExit):
+            convert_for_ui.main([str(tmp_path / "kohya.safetensors"), str(tmp_path / "no.safetensors")])
+        message = capsys.readouterr().err
+        assert f"no LoRA of a Stable Diffusion 3 transformer in kohya's names: {name}" in message
+
+
 def weights_of(pipeline):
     return convert_for_ui.convert_transformer(weights(pipeline))
 
@@ -149,16 +179,76 @@ def test_commands(kind, run, pipeline, tmp_path, capsys):
     assert "give a new file" in capsys.readouterr().err
 
 
-def test_a_file_of_something_else(tmp_path, capsys):
-    (tmp_path / "transformer").mkdir()
-    save_file({"blocks.0.weight": torch.zeros(2, 2)}, tmp_path / "transformer" / "model.safetensors")
-    for source, message in (
-        (tmp_path, "no layer of a Stable Diffusion 3 transformer"),
-        (tmp_path / "x", "no such folder"),
+@pytest.fixture
+def refused(capsys):
+    """What the script says to arguments that it refuses: one line beside the usage."""
+
+    def run_script(*arguments):
+        with pytest.raises(SystemExit) as exit:
+            convert_for_ui.main(list(map(str, arguments)))
+        *usage, line = capsys.readouterr().err.splitlines()
+        assert exit.value.code in (1, 2) and "error: " in line and not any("error" in other for other in usage)
+        return line
+
+    return run_script
+
+
+def test_a_file_of_something_else(tmp_path, refused):
+    """Is named with what is wrong in it, and nothing is written: not even a file without tensors."""
+    layer, small = "transformer.transformer_blocks.0.attn.to_q", torch.zeros(2, 2)
+    down, up = f"{layer}.lora_A.weight", f"{layer}.lora_B.weight"
+    loras = {
+        "is not there": {down: small},
+        "no layer of a Stable Diffusion 3 transformer: text_encoder": {
+            f"text_encoder.x.lora_{c}.weight": small for c in "AB"
+        },
+        f"{layer}.alpha is no tensor of a LoRA in diffusers' names": {down: small, up: small, f"{layer}.alpha": small},
+        "lokr_w1 is no tensor": {"lycoris_transformer_blocks_0_attn_to_q.lokr_w1": small},
+        "lora_down.weight is no tensor": {"lora_unet_joint_blocks_0_x_block_attn_proj.lora_down.weight": small},
+        "holds no LoRA": {},
+    }
+    models = {
+        "no layer of a Stable Diffusion 3 transformer": {"blocks.0.weight": small},
+        "transformer_blocks.0.norm1.linear.weight is not there": {"transformer_blocks.0.norm1.linear.bias": small[0]},
+    }
+    lora, model = tmp_path / "lora", tmp_path / "model"
+    for source, file, contents in (
+        (lora, lora / "pytorch_lora_weights.safetensors", loras),
+        (model, model / "transformer" / "model.safetensors", models),
     ):
-        with pytest.raises(SystemExit):
-            convert_for_ui.main([str(source), str(tmp_path / "out.safetensors")])
-        assert message in capsys.readouterr().err
+        file.parent.mkdir(parents=True)
+        for message, state in contents.items():
+            save_file({name: tensor.clone() for name, tensor in state.items()}, file)
+            said = refused(source, tmp_path / "out.safetensors")
+            assert message in said and str(source) in said
+        file.write_bytes(b"nonsense")
+        assert str(source) in refused(source, tmp_path / "out.safetensors")
+    assert "no such folder" in refused(tmp_path / "x", tmp_path / "out.safetensors")
+    assert not (tmp_path / "out.safetensors").exists()
+
+
+def test_where_the_output_goes(run, pipeline, tmp_path, refused, monkeypatch):
+    """Its folder is made; where it cannot be, or the name cannot be written, that is said before weights are read."""
+    run("train_sd3_soar_lora", "--output_dir", tmp_path / "lora", "--max_train_steps", 1)
+    convert_for_ui.main([str(tmp_path / "lora"), str(tmp_path / "new" / "folder" / "x.safetensors")])
+    assert load_file(tmp_path / "new" / "folder" / "x.safetensors")
+    assert str(tmp_path / ("x" * 250)) in refused(tmp_path / "lora", tmp_path / f"{'x' * 250}.safetensors")
+    for name in ("load_file", "load_trained"):
+        monkeypatch.setattr(convert_for_ui, name, lambda *_: pytest.fail("weights were read"))
+    (tmp_path / "file").touch()
+    output = tmp_path / "file" / "x.safetensors"
+    for more in ([], ["--merge_into", pipeline]):
+        assert str(tmp_path / "file") in refused(tmp_path / "lora", output, *more)
+    output, flag = tmp_path / "x.safetensors", ["--transformer", pipeline]
+    assert "--transformer" in refused(tmp_path / "lora", output, *flag)  # nothing is merged
+    assert "--transformer" in refused(pipeline, output, "--merge_into", pipeline, *flag)  # no LoRA
+
+
+def test_a_pipeline_that_is_none_is_named(run, tmp_path, refused):
+    run("train_sd3_soar_lora", "--output_dir", tmp_path / "lora", "--max_train_steps", 1)
+    (tmp_path / "empty").mkdir()
+    said = refused(tmp_path / "lora", tmp_path / "x.safetensors", "--merge_into", tmp_path / "empty")
+    assert f"--merge_into {tmp_path / 'empty'}" in said and len(said) < 1000
 
 
 @pytest.mark.parametrize("dtype", [None, "fp16", "fp32"])

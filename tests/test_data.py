@@ -122,6 +122,46 @@ def test_dataset_config_name(samples, tmp_path):
         assert images[0, 0]["caption"] == name and color(images[0, 0]) == pytest.approx(value)
 
 
+def test_dataset_split(samples, tmp_path):
+    """Of a data set that has no `train`."""
+    (tmp_path / "set").mkdir()
+    for split, value in (("test", RED), ("validation", BLUE)):
+        rows = datasets.Dataset.from_dict({"image": [solid(value)], "text": [split]})
+        rows.cast_column("image", datasets.Image()).to_parquet(tmp_path / "set" / f"{split}-00000-of-00001.parquet")
+        images = samples("--dataset_name", tmp_path / "set", "--dataset_split", split)
+        assert images[0, 0]["caption"] == split and color(images[0, 0]) == pytest.approx(value)
+
+
+def test_save_to_disk(samples, tmp_path):
+    """A data set that was kept so, with or without splits."""
+    rows = datasets.Dataset.from_dict({"image": [solid(RED), solid(BLUE)], "text": ["red", "blue"]})
+    rows = rows.cast_column("image", datasets.Image())
+    rows.save_to_disk(tmp_path / "one")
+    datasets.DatasetDict({"train": rows, "test": rows.select([1])}).save_to_disk(tmp_path / "two")
+    for folder, split, texts in (("one", "train", ["red", "blue"]), ("two", "train", ["red", "blue"])):
+        images = samples("--dataset_name", tmp_path / folder, "--dataset_split", split)
+        assert [images[i, i]["caption"] for i in range(len(images))] == texts
+        assert color(images[0, 0]) == pytest.approx(RED)
+    images = samples("--dataset_name", tmp_path / "two", "--dataset_split", "test")
+    assert len(images) == 1 and images[0, 0]["caption"] == "blue" and color(images[0, 0]) == pytest.approx(BLUE)
+    images = samples("--dataset_name", tmp_path / "one", "--max_train_samples", 1)
+    assert len(images) == 1 and images[0, 0]["caption"] == "red"
+
+
+def test_names_of_classes_are_captions(samples, tmp_path):
+    """Of a column of classes, or of several each; none where there is no label."""
+    classes = datasets.ClassLabel(names=["a cat", "a dog"])
+    features = {"image": datasets.Image(), "label": classes, "tags": datasets.List(classes)}
+    rows = {"image": [solid(RED)] * 4, "label": [1, 0, None, -1], "tags": [[0, 1], [1], [], [0]]}
+    rows = datasets.Dataset.from_dict(rows, features=datasets.Features(features))
+    rows.save_to_disk(tmp_path / "set")
+    arguments = ("--dataset_name", tmp_path / "set", "--instance_prompt", "a pet", "--caption_column")
+    found = [item["captions"] for item in samples(*arguments, "label").inspected]
+    assert found == [["a dog"], ["a cat"], ["a pet"], ["a pet"]]
+    found = [item["captions"] for item in samples(*arguments, "tags").inspected]
+    assert found == [["a cat", "a dog"], ["a dog"], ["a pet"], ["a cat"]]
+
+
 @pytest.mark.parametrize("kind", ["jsonl", "csv"])
 def test_train_data_dir(kind, samples, tmp_path, caplog):
     """Captions belong to their file, in subfolders too; images that the metadata leaves out are counted, not used."""
@@ -141,6 +181,19 @@ def test_train_data_dir(kind, samples, tmp_path, caplog):
     assert "2 images" in caplog.text and "not listed" in caplog.text
 
 
+def test_metadata_of_two_folders(samples, tmp_path, caplog):
+    """Each lists its own; an image that one of them lists twice is there twice."""
+    for folder in ("a", "b"):
+        (tmp_path / "images" / folder).mkdir(parents=True)
+        for name in ("1.png", "2.png"):
+            solid(RED).save(tmp_path / "images" / folder / name)
+    (tmp_path / "images" / "a" / "metadata.csv").write_text("file_name, text\n1.png, first\n1.png, second\n")
+    (tmp_path / "images" / "b" / "metadata.jsonl").write_text('{"file_name": "1.png", "text": 7}')
+    images = samples("--train_data_dir", tmp_path / "images")
+    assert [item["captions"] for item in images.inspected] == [["first"], ["second"], ["7"]]
+    assert "2 images" in caplog.text and "not listed" in caplog.text
+
+
 def test_authors_format(samples, tmp_path):
     """Four kinds of file, captions as text or as an object in a text, and a size for each image."""
     long, medium, short = ({f"{kind}_caption": kind} for kind in ("long", "medium", "short"))
@@ -154,6 +207,8 @@ def test_authors_format(samples, tmp_path):
         "g": ("png", {"text": "text", "other": "other"}, "text"),
         "h": ("png", json.dumps({"text": "", "other": "other"}), ""),
         "i": ("JPG", ["one of", "one of"], "one of"),
+        "j": ("png", json.dumps({"long_caption": math.nan, **short}), "short"),
+        "k": ("png", math.nan, ""),
     }
     (tmp_path / "images").mkdir()
     with open(tmp_path / "data.jsonl", "w") as file:
@@ -186,7 +241,8 @@ def captions(images):
     return {Path(item["name"]).stem: item["captions"][0] for item in images.inspected}
 
 
-def test_captions_beside_the_images(samples, tmp_path, caplog):
+@pytest.mark.parametrize("slash", ["", "/"])
+def test_captions_beside_the_images(slash, samples, tmp_path, caplog):
     """As other trainers keep them, whatever editor wrote them; the names of folders mean nothing."""
     texts = {
         "a": b"a red square",
@@ -198,12 +254,58 @@ def test_captions_beside_the_images(samples, tmp_path, caplog):
     (folder / ".hidden.png").write_bytes(b"no image")
     (folder / ".trash").mkdir()
     (folder / ".trash" / "e.png").write_bytes(b"no image")
+    (folder / "10_mycat" / ".ipynb_checkpoints").mkdir()
+    (folder / "10_mycat" / ".ipynb_checkpoints" / "c-checkpoint.png").write_bytes(b"no image")
     (folder / "notes.txt").write_text("of no image")
-    images = samples("--train_data_dir", folder)
+    (folder / "a.txt").rename(folder / "a.caption")
+    images = samples("--train_data_dir", f"{folder}{slash}")
     expected = {"a": "a red square", "b": "a square in red", "c": "ein rotes Quadrat, grün gemeint", "d": ""}
     assert captions(images) == expected
     assert "such as 10_name, mean nothing here" in caplog.text and "1 of 4 captions are empty" in caplog.text
     assert captions(samples("--train_data_dir", folder, "--max_train_samples", 2)).keys() == {"a", "b"}
+
+
+def test_what_is_passed_over_is_named(samples, tmp_path, caplog, monkeypatch):
+    """Captions by other names, pictures of other formats, folders that are links or unreadable: number and name."""
+    folder, scandir = caption_files(tmp_path / "images", a=b"a red square", b=None, locked__c=None), os.scandir
+    for name in ("a.json", "b.png.txt", "c.jxl", "d.jxl"):
+        (folder / name).write_text("something")
+    caption_files(tmp_path / "others", e=None)
+    (folder / "linked").symlink_to(tmp_path / "others")
+
+    def refuse(path):
+        if str(path).endswith("locked"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    images = samples("--train_data_dir", folder, "--instance_prompt", "a thing")
+    assert captions(images) == {"a": "a red square", "b": "a thing"}
+    (line,) = (record.getMessage() for record in caplog.records if "Not used" in record.getMessage())
+    assert all(f"{number} like {folder / name}" in line for number, name in ((1, "a.json"), (2, "c.jxl")))
+    assert f"1 like {folder / 'b.png.txt'}" in line and "a.txt" not in line
+    (line,) = (record.getMessage() for record in caplog.records if "cannot be read" in record.getMessage())
+    assert "2 folders" in line and str(folder / "linked") in line and str(folder / "locked") in line
+
+
+def test_pictures_that_are_links(samples, tmp_path):
+    """A folder of links, by each source that reads one; a snapshot in the hub's cache is made of them."""
+    (tmp_path / "blobs").mkdir()
+    folder = tmp_path / "snapshots" / "main"
+    folder.mkdir(parents=True)
+    metadata, lines = tmp_path / "blobs" / "metadata", []
+    for name, value in (("a", RED), ("b", BLUE)):
+        solid(value).save(tmp_path / "blobs" / name, "PNG")
+        (folder / f"{name}.png").symlink_to(f"../../blobs/{name}")
+        lines.append(json.dumps({"file_name": f"{name}.png", "text": name, "md5": name, "caption_en": name}))
+    metadata.write_text("\n".join(lines))
+    found = {"txt": samples("--train_data_dir", folder, "--instance_prompt", "x")}
+    found["jsonl"] = samples("--jsonl_path", metadata, "--image_dir", folder)
+    (folder / "metadata.jsonl").symlink_to("../../blobs/metadata")
+    found["metadata"] = samples("--train_data_dir", folder)
+    for kind, images in found.items():
+        assert [color(images[i, i]) for i in range(2)] == [pytest.approx(RED), pytest.approx(BLUE)], kind
+        assert kind == "txt" or captions(images) == {"a": "a", "b": "b"}
 
 
 def test_instance_prompt(samples, tmp_path):
@@ -216,8 +318,9 @@ def test_instance_prompt(samples, tmp_path):
         (folder / name).unlink()
     assert captions(samples("--train_data_dir", folder, *prompt)) == dict.fromkeys("abc", dog)
     lines = [{"file_name": "a.png", "text": "a red square"}, {"file_name": "b.png", "text": None}]
+    lines.append({"file_name": "c.png", "text": math.nan})
     (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    assert captions(samples("--train_data_dir", folder, *prompt)) == {"a": "a red square", "b": dog}
+    assert captions(samples("--train_data_dir", folder, *prompt)) == {"a": "a red square", "b": dog, "c": dog}
     (folder / "metadata.jsonl").write_text("\n".join(json.dumps({"file_name": f"{n}.png"}) for n in "abc"))
     assert captions(samples("--train_data_dir", folder, *prompt)) == dict.fromkeys("abc", dog)
     rows = datasets.Dataset.from_dict({"image": [str(folder / "a.png")] * 2, "text": ["a red square", None]})
@@ -275,8 +378,11 @@ def test_min_image_side(samples, tmp_path, caplog):
     assert "2 images, 2 dropped" in caplog.text and len(samples("--train_data_dir", folder)) == 4
 
 
-def test_max_train_samples(samples, photos):
+def test_max_train_samples(samples, photos, tmp_path):
     """The first N, and all where there are fewer."""
+    rows = {"image": [str(photos / f"{name}.png") for name in PHOTOS], "text": [*PHOTOS.values()]}
+    datasets.Dataset.from_dict(rows).save_to_disk(tmp_path / "set")
+    assert len(samples("--dataset_name", tmp_path / "set", "--max_train_samples", 3)) == 3
     images = samples("--train_data_dir", photos, "--max_train_samples", 3)
     assert [images[i, i]["caption"] for i in range(len(images))] == list(PHOTOS.values())[:3]
     assert len(samples("--train_data_dir", photos, "--max_train_samples", 30)) == 8
@@ -424,6 +530,19 @@ def test_transparent_colours_of_a_palette(samples, tmp_path, caplog):
     assert "1 images are transparent in parts, which are laid over white." in caplog.text
 
 
+def test_transparent_grey_of_16_bits(samples, tmp_path, caplog):
+    """White where the file's one transparent level is, and the other levels at their brightness."""
+    levels = np.full((40, 40), 100 * 257, np.uint16)
+    levels[:20] = 30_000
+    (tmp_path / "images").mkdir()
+    Image.fromarray(levels).save(tmp_path / "images" / "a.png", transparency=30_000)
+    with Image.open(tmp_path / "images" / "a.png") as stored:
+        assert stored.mode == "I;16" and stored.has_transparency_data
+    images = samples("--train_data_dir", tmp_path / "images", "--instance_prompt", "a")
+    assert images[0, 0]["pixels"][:, [0, -1], 0].tolist() == [[255, 100]] * 3
+    assert "1 images are transparent in parts, which are laid over white." in caplog.text
+
+
 def test_enlarged_images_are_counted(samples, tmp_path, caplog):
     images = {"a.png": positions(32, 32), "b.png": positions(16, 20), "c.png": positions(64, 31)}
     samples("--train_data_dir", folder_of(tmp_path / "images", images))
@@ -505,6 +624,29 @@ def test_aspect_ratio_buckets(flags, samples, tmp_path, caplog):
     assert "8 images, 0 dropped" in caplog.text and "48x48" in caplog.text
 
 
+def test_all_that_is_random_about_a_sample_is_independent(samples, tmp_path):
+    """Crop, flip, dropout, caption: each with the wanted share; none tells of another, nor of another seed's."""
+    folder = folder_of(tmp_path / "images", {"a.png": positions(64, 32), "b.png": positions(32, 64)})
+    lines = [{"file_name": name, "text": ["one", "two"]} for name in ("a.png", "b.png")]
+    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    flags, number = ["--random_flip", "--cond_dropout_rate", 0.5], 500
+
+    def drawn(seed):
+        images, values = samples("--train_data_dir", folder, *flags, "--seed", seed), []
+        for position in range(number):
+            wide, tall = (images[index, position] for index in (0, 1))
+            line = wide["pixels"][0, 0].tolist()
+            noise = torch.rand((), generator=torch.Generator().manual_seed(wide["seed"])).item()
+            choice = wide["caption"] == "two"
+            values.append([min(line), tall["pixels"][1].min(), line[0] > line[-1], wide["drop"], choice, noise])
+        return np.array(values, float)
+
+    one, other = drawn(0), drawn(1)
+    assert abs(one[:, 2:5].mean(0) - 0.5).max() < 0.1 and abs(one[:, :2].mean(0) - 16).max() < 2
+    correlations = np.corrcoef(np.hstack([one, other]).T) - np.eye(12)
+    assert abs(correlations).max() < 5 / math.sqrt(number)
+
+
 def test_noise_depends_on_the_seed_and_the_position_alone(samples, tmp_path):
     folder = folder_of(tmp_path / "images", {"a.png": solid(RED), "b.png": solid(RED)})
     runs = [samples("--train_data_dir", folder, "--seed", seed) for seed in (0, 0, 1)]
@@ -534,7 +676,7 @@ def encoded(monkeypatch):
         return encode_prompt(self, prompt, *inputs, **more)
 
     def count_loadings(*inputs, **parts):
-        counts["loadings"] += "text_encoder" not in parts
+        counts["loadings"] += parts.get("text_encoder", True) is not None
         return load(*inputs, **parts)
 
     monkeypatch.setattr(train_sd3_sft, "encode_images", count_images)
@@ -609,6 +751,7 @@ def nothing(folder, model):
         (nothing, ["--no_text_encoder_3"], 0, 9),
         (nothing, ["--mixed_precision", "bf16"], 0, 9),
         (nothing, ["--center_crop"], 8, 0),
+        (nothing, ["--seed", 1], 8, 0),
         (nothing, ["--random_flip"], 8, 0),
         (nothing, ["--resolution", 48], 8, 0),
         (nothing, ["--aspect_ratio_buckets", "32,48;32,32"], None, 0),
@@ -630,6 +773,39 @@ def test_caches_are_keyed_by_content(change, flags, images, prompts, run, filled
         assert 0 < encoded["images"] < 8
     else:
         assert encoded["images"] == images
+
+
+def test_the_one_crop_of_cached_latents(samples, tmp_path):
+    """Of each image another one, by the seed; the centre, where that is asked for, is the same for every seed."""
+    names = [f"{number}.png" for number in range(40)]
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (48, 48, 3), np.uint8))
+    folder = folder_of(tmp_path / "images", dict.fromkeys(names, image))
+    for number, name in enumerate(names):
+        image.putpixel((0, 0), (number, 0, 0))
+        image.save(folder / name)
+
+    def crops(*flags):
+        images = samples("--train_data_dir", folder, *flags)
+        images.encoder_digests = {"vae": ""}
+        digests = [item["digest"] for item in images.inspected]
+        return [images.crop(digest) for digest in digests], {images.latents_key(d, (32, 32), False) for d in digests}
+
+    (one, keys), (again, _), (other, other_keys) = (crops("--seed", seed) for seed in (0, 0, 1))
+    assert one == again and len({place for crop in one + other for place in crop}) == 160
+    (centres, centre_keys), (_, same) = (crops("--center_crop", "--seed", seed) for seed in (0, 1))
+    assert centres == [(0.5, 0.5)] * 40 and centre_keys == same
+    assert len(keys | other_keys | centre_keys) == 120
+    assert abs(np.corrcoef(np.hstack([one, other]).T) - np.eye(4)).max() < 0.6
+
+
+def test_every_one_of_several_captions_is_cached(run, photos, tmp_path):
+    (tmp_path / "images").mkdir()
+    shutil.copy(photos / "coins.png", tmp_path / "images")
+    texts = ["old coins", "coins in rows", "grey coins"]
+    (tmp_path / "images" / "metadata.jsonl").write_text(json.dumps({"file_name": "coins.png", "text": texts}))
+    data = ("--train_data_dir", tmp_path / "images", "--cache_prompt_embeds", "--train_batch_size", 1)
+    out = run("train_sd3_sft", *data, "--max_train_steps", 12)
+    assert len(cached(out / "cache" / "prompt_embeds")) == 4  # and the empty one
 
 
 def test_an_interrupted_cache_is_completed(run, filled, encoded):
@@ -797,6 +973,21 @@ def test_data_sets_are_looked_at_once(run, photos, tmp_path, looked_at):
     assert len(looked_at) == 7  # of another data set, whose pictures are known
 
 
+def test_a_file_behind_a_data_set_is_looked_at_again(run, filled, looked_at):
+    """The data set holds its path, and is the same."""
+    cache, folder = filled
+    rows = {"image": [str(folder / f"{name}.png") for name in PHOTOS], "text": [*PHOTOS.values()]}
+    datasets.Dataset.from_dict(rows).to_parquet(folder / "set" / "train.parquet")
+    arguments = ["train_sd3_sft", "--dataset_name", folder / "set", "--cache_dir", cache, "--overwrite_output_dir"]
+    arguments += ["--cache_latents", "--max_train_steps", 1]
+    for change, decodings in ((None, 8), (None, 0), (put_back, 2)):  # as a data set they are new; the latents are not
+        looked_at.clear()
+        if change is not None:
+            change(folder)
+        run(*arguments)
+        assert len(looked_at) == decodings
+
+
 def test_each_process_checks_its_share(samples, photos, looked_at, tmp_path):
     """All images, each once; a process that finds a gap fills it."""
     arguments = [
@@ -864,7 +1055,8 @@ def test_captions_are_counted_once(run, tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(train_sd3_sft, "tqdm", lambda *inputs, **more: see(**more) or bar(*inputs, **more))
     assert counted() == 2 and counted() == 0
     assert counted("--max_sequence_length", 15) == 1 and counted("--no_text_encoder_3") == 0
-    assert caplog.text.count("that CLIP reads") == 4
+    assert counted("--max_train_samples", 7) == 2
+    assert caplog.text.count("that CLIP reads") == 5
 
 
 def test_truncated_captions_are_counted(run, tmp_path, caplog):
@@ -885,6 +1077,10 @@ def test_empty_captions_are_counted(samples, tmp_path, caplog):
     images = dict.fromkeys(["a.png", "b.png", "c.png"], positions(32, 32))
     samples("--train_data_dir", folder_of(tmp_path / "images", images, **{"b.png": ""}))
     assert "1 of 3 captions are empty" in caplog.text
+    lines = [{"file_name": name, "text": ["", "a thing"]} for name in images]  # one of several is
+    (tmp_path / "images" / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    assert len(samples("--train_data_dir", tmp_path / "images")) == 3
+    assert "3 of 3 captions are empty" in caplog.text
 
 
 # The command that the authors published

@@ -155,9 +155,23 @@ def test_one_size_is_a_stream_of_permutations(batch_size):
     assert first_batches(1, sizes, batch_size, 1) != first_batches(1, sizes, batch_size, 0)
 
 
+def test_buckets_take_turns_in_another_order_each_epoch():
+    """And with another seed; the buckets' own orders have nothing to do with each other."""
+    sizes, orders = sizes_of([20, 20]), []
+    for seed in (0, 1):
+        batches = first_batches(160, sizes, 1, seed)
+        turns = [index // 20 for ((index, _),) in batches]
+        orders += [tuple(turns[start : start + 40]) for start in range(0, 160, 40)]
+        together = [set(), set()]  # what is in one batch, of each bucket
+        for batch in first_batches(10, sizes, 4, seed):
+            together[batch[0][0] // 20].add(tuple(index % 20 for index, _ in batch))
+        assert len(together[0]) == len(together[1]) == 5 and not together[0] & together[1]
+    assert len({*orders}) == 8 and all(sum(order) == 20 for order in orders)
+
+
 def test_seeds_differ_and_do_not_depend_on_the_process():
     assert derive_seed("noise", 0, 1) == derive_seed("noise", 0, 1)
-    assert len({derive_seed("noise", seed, p) for seed in range(10) for p in range(100)}) == 1000
+    assert len({derive_seed("noise", seed, p) for seed in range(20) for p in range(200)}) == 4000
     assert torch.Generator().manual_seed(derive_seed("noise", 0, 1))
 
 

@@ -118,6 +118,73 @@ def test_scoring_goes_on_after_what_is_bad(call, run_folder):
     assert json.loads((run_folder / "scores.json").read_text())["ocr"]["images"] == 1
 
 
+@pytest.fixture
+def rated(monkeypatch):
+    """`rated(values)` has the aesthetic scorer give the images these scores in turn; then again the last one."""
+
+    def rate(*values):
+        values = list(values)
+
+        class Scorer:
+            files, packages = [], []
+
+            def __init__(self, device):
+                pass
+
+            def __call__(self, images, records):
+                return [{"score": values.pop(0) if len(values) > 1 else values[0]} for _ in images]
+
+        monkeypatch.setattr("preference.Aesthetic", Scorer)
+
+    return rate
+
+
+def strict_json(text):
+    """JSON as other programs read it, without `NaN` and `Infinity`."""
+    return json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_score_that_is_no_number(value, call, rated, run_folder):
+    """Has no line, no part in the mean, and is named and counted; a later call scores the image again."""
+    rated(1.0, value, 3.0, 5.0)
+    output = call("score_images", run_folder, "--metrics", "aesthetic", expect=1)
+    assert re.search(rf"not scored: .*images/00001-0\.png: .*{value}", output) and "aesthetic 3.0000 [" in output
+    assert "3 images, 1 without a score" in output
+    lines = (run_folder / "scores" / "aesthetic.jsonl").read_text().splitlines()
+    assert [strict_json(line)["score"] for line in lines] == [1.0, 3.0, 5.0]
+    summary = strict_json((run_folder / "scores.json").read_text())["aesthetic"]
+    assert (summary["mean"], summary["images"], summary["missing"]) == (3.0, 3, 1)
+    rated(7.0)
+    assert "aesthetic 4.0000 [" in call("score_images", run_folder, "--metrics", "aesthetic")
+
+
+def test_scores_without_numbers_in_a_file(call, rated, run_folder):
+    """Of an earlier version, or an editor: scored again, and gone from the file."""
+    rated(1.0)
+    call("score_images", run_folder, "--metrics", "aesthetic")
+    path = run_folder / "scores" / "aesthetic.jsonl"
+    values = iter(["NaN", "null", '"high"', "1" + "0" * 400])
+    path.write_text(re.sub(r"1\.0", lambda match: next(values, match[0]), path.read_text()))
+    rated(2.0)
+    assert "aesthetic 2.0000 [" in call("score_images", run_folder, "--metrics", "aesthetic")
+    rows = [strict_json(line) for line in path.read_text().splitlines()]
+    assert [row["score"] for row in rows] == [2.0] * 4
+    path.unlink()
+    path.mkdir()
+    assert str(path) in complaint(call("score_images", run_folder, "--metrics", "aesthetic", expect=1))
+
+
+def test_filtered_by_scores_of_which_one_is_no_number(call, rated, run_folder, tmp_path):
+    """It is named and not kept, the others are cut as they would be without it."""
+    rated(1.0, float("nan"), 3.0, 5.0)
+    flags = ["--metric", "aesthetic", "--top_fraction", 0.67, "--output_dir", tmp_path / "kept"]
+    output = call("filter_dataset", "--train_data_dir", run_folder, *flags, expect=1)
+    assert "not scored: images/00001-0.png" in output and "2 of 4 images" in output
+    rows = [strict_json(line) for line in (tmp_path / "kept" / "metadata.jsonl").read_text().splitlines()]
+    assert [row["aesthetic"] for row in rows] == [3.0, 5.0]
+
+
 @pytest.mark.parametrize(
     ("wanted", "read", "score"),
     [
@@ -373,6 +440,21 @@ def test_bad_places(call, generate, tmp_path):
     assert "'a red circle' has no text in double quotes" in complaint(output)
 
 
+def test_more_pixels_than_the_model_has_positions_for(generate, monkeypatch):
+    """Is one line that names the flag and the limit, before weights load; up to there it draws."""
+    generate("run", "--resolution", 256, "--num_inference_steps", 1, "--images_per_prompt", 1, "--max_prompts", 1)
+    monkeypatch.setattr("generate_images.load_trained", lambda *_, **__: pytest.fail("weights were loaded"))
+    _, output = generate("other", "--resolution", 272, expect=1)
+    assert "--resolution 272: " in complaint(output) and "at most 256 pixels" in complaint(output)
+
+
+def test_numbers_that_are_not_finite_are_not_drawn(generate):
+    """Not as a black image either."""
+    folder, output = generate("run", "--guidance_scale", 1e38, expect=1)
+    assert "images/00000-0.png to " in complaint(output) and "not finite" in complaint(output)
+    assert not list((folder / "images").iterdir()) and not (folder / "metadata.jsonl").exists()
+
+
 def test_missing_weights_leave_the_other_metrics(run_folder, tmp_path):
     """Offline and with an empty cache: one line with the command that fetches the files, and OCR is still scored."""
     environment = os.environ | {"HF_HOME": str(tmp_path / "empty"), "HF_HUB_OFFLINE": "1"}
@@ -418,6 +500,15 @@ def test_a_data_set_of_the_hub(call, tmp_path):
     assert all(isinstance(row["image"], tuple) for row in data_sets.read_data(args))
     output = call("filter_dataset", *best, "--metric", "ocr", "--min_score", 1, "--output_dir", tmp_path / "again")
     assert "2 of 2 images" in output
+
+
+def test_a_folder_of_links(call, photos, tmp_path):
+    """By the names that the folder has for its pictures, wherever they are."""
+    (tmp_path / "links").mkdir()
+    for path in photos.iterdir():
+        (tmp_path / "links" / path.name).symlink_to(path)
+    call("convert_jsonl", "--train_data_dir", tmp_path / "links", "--copy", "--output_dir", tmp_path / "data")
+    assert read_back("--train_data_dir", tmp_path / "data") == read_back("--train_data_dir", photos)
 
 
 def test_converted_data_are_the_same_data(call, photos, tmp_path):
@@ -480,6 +571,10 @@ def test_conversion_touches_nothing_else(call, photos, tmp_path, caplog):
     arguments = ["--metrics", "ocr", "--output_dir", tmp_path / "empty"]
     output = call("score_images", "--train_data_dir", source, *arguments, "--max_train_samples", 1, expect=1)
     assert "has no text in double quotes" in complaint(output)
+    (tmp_path / "no images").mkdir()
+    arguments = ["--metric", "ocr", "--min_score", 1, "--output_dir", tmp_path / "x"]
+    output = call("filter_dataset", "--train_data_dir", tmp_path / "no images", *arguments, expect=1)
+    assert "no images" in complaint(output) and not (tmp_path / "x-scores").exists()
     (tmp_path / "file").touch()
     output = call("convert_jsonl", "--train_data_dir", source, "--output_dir", tmp_path / "file" / "x", expect=1)
     assert "--output_dir" in complaint(output)

@@ -14,6 +14,7 @@ import resource
 import shutil
 import signal
 import socket
+import stat
 import struct
 import subprocess
 import sys
@@ -32,6 +33,7 @@ from diffusers import SD3Transformer2DModel
 from harness import PHOTOS, ROOT, SCRIPTS, cached, equal, finish, start, start_two, weights
 from PIL import Image
 from safetensors.torch import load_file, save
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import train_sd3_soar
 from data_utils import Cache
@@ -230,15 +232,64 @@ def test_the_end_of_a_session():
     assert done.stdout.split() == ["False"]
 
 
-def test_latest_skips_what_is_not_whole_and_says_so(run, tmp_path, caplog):
-    arguments = ("train_sd3_soar", "--checkpointing_steps", 1, "--resume_from_checkpoint", "latest")
-    out = run(*arguments, "--max_train_steps", 3)
-    (out / "checkpoint-3" / "trainer_state.json").unlink()
-    (out / "checkpoint-2").rename(out / "checkpoint-2.unfinished")
-    with caplog.at_level("INFO"):
-        run(*arguments, "--max_train_steps", 2)
-    assert f"Skipped {out / 'checkpoint-3'}" in caplog.text
-    assert f"Resumed from {out / 'checkpoint-1'}" in caplog.text
+def test_what_is_no_checkpoint_of_ours_is_neither_read_nor_removed(run, tmp_path):
+    """As diffusers' own script or transformers leave them: the run ends with the folder's name."""
+    arguments = ("train_sd3_soar", "--checkpointing_steps", 1, "--checkpoints_total_limit", 1)
+    latest = ("--resume_from_checkpoint", "latest")
+    out = tmp_path / "out"
+    states = [None, "{}", "[]", '{"global_step": 500, "log_history": []}', "{"]
+    for state in states:
+        shutil.rmtree(out, ignore_errors=True)
+        run(*arguments, "--max_train_steps", 1)
+        other = out / "checkpoint-500"
+        (other / "unet").mkdir(parents=True)
+        if state is not None:
+            (other / "trainer_state.json").write_text(state)
+        with pytest.raises(
+            SystemExit, match=f"{other} is no whole checkpoint.*Last checkpoint: {out / 'checkpoint-1'}"
+        ):
+            run(*arguments, *latest, "--max_train_steps", 2)
+        assert (other / "unet").exists()
+        with pytest.raises(SystemExit, match=f"{other} is no whole checkpoint"):
+            run(*arguments, "--resume_from_checkpoint", other, "--output_dir", tmp_path / "new")
+    shutil.rmtree(other)
+    (out / "checkpoint-1").rename(out / "checkpoint-1.unfinished")  # as a kill leaves it
+    run(*arguments, *latest, "--max_train_steps", 2)
+    assert [path.name for path in out.glob("checkpoint-*")] == ["checkpoint-2"]
+
+
+def test_latest_is_what_was_written_last(run, tmp_path, logged):
+    """Not a higher step of a branch that was left; nor does pruning keep that one."""
+    arguments = ("train_sd3_soar", "--checkpointing_steps", 2)
+    out = run(*arguments, "--max_train_steps", 6)
+    slower = ("--learning_rate", 5e-4, "--allow_resume_changes", "learning_rate", "--max_train_steps", 4)
+    run(*arguments, *slower, "--resume_from_checkpoint", "checkpoint-2")
+    logged.clear()
+    latest = ("--resume_from_checkpoint", "latest", "--max_train_steps", 5, "--learning_rate", 5e-4)
+    run(*arguments, *latest)
+    assert [values["step"] for values in logged] == [5]
+    assert {path.name for path in out.glob("checkpoint-*")} == {"checkpoint-2", "checkpoint-4", "checkpoint-6"}
+    run(*arguments, *slower[:-1], 4, "--resume_from_checkpoint", "checkpoint-2", "--checkpoints_total_limit", 1)
+    assert [path.name for path in out.glob("checkpoint-*")] == ["checkpoint-4"]
+
+
+def test_a_damaged_checkpoint_names_the_one_before(run):
+    arguments = ("train_sd3_sft", "--checkpointing_steps", 1)
+    out = run(*arguments, "--max_train_steps", 2)
+    file = out / "checkpoint-2" / "transformer" / "diffusion_pytorch_model.safetensors"
+    file.write_bytes(file.read_bytes()[:1000])
+    with pytest.raises(SystemExit, match=f"checkpoint-2 is damaged .*{out / 'checkpoint-1'}"):
+        run(*arguments, "--max_train_steps", 3, "--resume_from_checkpoint", "latest")
+
+
+def test_a_tracker_forgets_what_came_after_the_checkpoint(run, tmp_path):
+    """A run that is killed after step 4 and goes on from step 2 shows each step once."""
+    arguments = ("train_sd3_sft", "--checkpointing_steps", 2, "--report_to", "tensorboard")
+    out = run(*arguments, "--max_train_steps", 4)
+    shutil.rmtree(out / "checkpoint-4")
+    run(*arguments, "--max_train_steps", 5, "--resume_from_checkpoint", "latest")
+    (folder,) = (out / "logs").iterdir()
+    assert [event.step for event in EventAccumulator(str(folder)).Reload().Scalars("loss")] == [1, 2, 3, 4, 5]
 
 
 def test_nothing_is_written_in_a_checkpoint(run, tmp_path):
@@ -262,6 +313,65 @@ def test_latest_starts_from_the_beginning_where_there_is_none(run, caplog):
     with caplog.at_level("INFO"):
         run("train_sd3_soar", "--resume_from_checkpoint", "latest", "--max_train_steps", 1)
     assert "starting from the beginning" in caplog.text
+
+
+# File systems that lack something
+
+
+def test_folders_that_cannot_be_synced(run, monkeypatch, caplog, tmp_path):
+    """As on CIFS, sshfs and VirtualBox: said once, and the checkpoints are whole. A file has to be."""
+    sync, refused = os.fsync, [stat.S_ISDIR]
+
+    def fsync(descriptor):
+        if refused[0](os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, "Invalid argument")
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    arguments = ("train_sd3_soar", "--checkpointing_steps", 1, "--max_train_steps", 3)
+    out = run(*arguments)
+    assert caplog.text.count("does not sync folders") == 1 and (out / "checkpoint-3" / "trainer_state.json").exists()
+    refused[0] = stat.S_ISREG
+    with pytest.raises(SystemExit, match="checkpoint-1 could not be written"):
+        run(*arguments, "--output_dir", tmp_path / "files")
+
+
+def test_a_file_system_that_does_not_know_its_room(run, monkeypatch, tmp_path):
+    """As in front of object stores, where all figures are 0."""
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(0, 0, 0))
+    run("train_sd3_soar", "--checkpointing_steps", 1, "--cache_latents", "--cache_prompt_embeds")
+
+
+def test_folders_that_cannot_be_renamed(run, monkeypatch, tmp_path):
+    """As on gcsfuse: checkpoints need it, so the run ends before an image is read."""
+    replace = os.replace
+
+    def refuse(source, target):
+        if os.path.isdir(source):
+            raise OSError(errno.EMFILE, "Too many open files")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", refuse)
+    monkeypatch.setattr(train_sd3_soar, "load_images", lambda *_: pytest.fail("images were read"))
+    with pytest.raises(SystemExit, match="--output_dir .* cannot rename a folder.*Too many open files"):
+        run("train_sd3_soar")
+    assert not [path for path in (tmp_path / "out").iterdir() if path.name != "cache"]
+
+
+def test_an_old_checkpoint_that_cannot_be_removed(run, monkeypatch, caplog):
+    """As on NFS while a file of it is open: it is no checkpoint any more, and the run goes on."""
+    remove = shutil.rmtree
+
+    def refuse(path, **options):
+        if "checkpoint" in str(path) and not options:
+            raise OSError(errno.ENOTEMPTY, "Directory not empty")
+        remove(path, **options)
+
+    monkeypatch.setattr(shutil, "rmtree", refuse)
+    out = run("train_sd3_soar", "--checkpointing_steps", 1, "--max_train_steps", 3, "--checkpoints_total_limit", 1)
+    assert "Directory not empty" in caplog.text and (out / "transformer").exists()
+    monkeypatch.undo()
+    assert [*train_sd3_soar.checkpoints(out)] == [out / "checkpoint-3"]
 
 
 # What a checkpoint is compared on
@@ -461,6 +571,138 @@ def test_steps_that_are_not_finite_may_be_skipped(run, monkeypatch, tmp_path, ca
         run_with({1}, 4, 0, "none")
 
 
+def test_skipped_steps_of_fp16(run, monkeypatch, caplog):
+    """With the scaler, which runs on a CPU where a run with fp16 does not: the step after the skipped one is taken."""
+    make, losses, count = train_sd3_soar.make_accelerator, train_sd3_soar.training_losses, itertools.count(1)
+
+    def scaled(args):
+        accelerator = make(args)
+        accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+        accelerator.native_amp = True
+        accelerator.state._mixed_precision = "fp16"
+        return accelerator
+
+    def poisoned(*inputs):
+        factor = math.nan if next(count) == 2 else 1
+        for loss, shares in losses(*inputs):
+            yield loss * factor, shares
+
+    monkeypatch.setattr(train_sd3_soar, "make_accelerator", scaled)
+    monkeypatch.setattr(train_sd3_soar, "training_losses", poisoned)
+    arguments = ("--max_skipped_steps", 1, "--max_train_steps", 4, "--checkpointing_steps", 1)
+    out = run("train_sd3_soar", *arguments, "--adam_weight_decay", 0)
+    assert caplog.text.count("Skipped step") == 1
+    assert equal(out / "checkpoint-1", out / "checkpoint-2") and not equal(out / "checkpoint-2", out / "checkpoint-3")
+
+
+# Data that fails in the middle of a run
+
+
+def gone(photos):
+    """Take an image away."""
+    (photos / "rocket.png").rename(photos / "rocket.gone")
+
+
+def killed(process):
+    """Kill a worker, as the kernel does where memory is short."""
+    for child in children(process.pid):
+        os.kill(child, signal.SIGKILL)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("fault", ["image", "worker"])
+def test_data_that_fails_costs_no_step(fault, workers, arguments, run, photos, tmp_path):
+    """One line, no process left, and a checkpoint of the last whole step, from which the run goes on."""
+    if fault == "worker" and not workers:
+        pytest.skip("there is none")
+    folder, log, out = shutil.copytree(photos, tmp_path / "photos"), tmp_path / "log", tmp_path / "out"
+    arguments[arguments.index(photos)] = folder
+    more = ["--dataloader_num_workers", workers, "--checkpointing_steps", 1000]
+    process = start("train_sd3_soar", [*arguments, *more, "--max_train_steps", 1000], log)
+    wait_for(lambda: " 2/1000 [" in log.read_text() if log.exists() else False, process)
+    gone(folder) if fault == "image" else killed(process)
+    began = time.monotonic()
+    finish(process, log, code=1)
+    text = log.read_text()
+    last = text.strip().splitlines()[-1]
+    assert time.monotonic() - began < 100 and "Traceback" not in text, text[-3000:]
+    assert ("rocket.png" if fault == "image" else "DataLoader worker") in last
+    (checkpoint,) = out.glob("checkpoint-*")
+    assert str(checkpoint) in last
+    if fault == "image":
+        (folder / "rocket.gone").rename(folder / "rocket.png")
+    steps = int(checkpoint.name.removeprefix("checkpoint-")) + 1
+    finish(start("train_sd3_soar", [*arguments, *more, "--max_train_steps", steps], log), log)
+    whole = ("--output_dir", tmp_path / "whole", "--max_train_steps", steps)
+    assert equal(run("train_sd3_soar", *arguments[:4], *arguments[6:], *whole), out)
+
+
+def test_data_that_fails_on_one_of_two_processes(arguments, photos, tmp_path):
+    folder, log = shutil.copytree(photos, tmp_path / "photos"), tmp_path / "log"
+    arguments[arguments.index(photos)] = folder
+    processes = start_two("train_sd3_soar", [*arguments, "--max_train_steps", 1000], log)
+    wait_for(lambda: " 2/1000 [" in log.read_text() if log.exists() else False, processes[0])
+    gone(folder)
+    for process in processes:
+        finish(process, log, code=1)
+    assert "Traceback" not in log.read_text() and len(list((tmp_path / "out").glob("checkpoint-*"))) == 1
+
+
+def test_workers_need_no_shared_memory(arguments, run, tmp_path):
+    """A container has 64 MB of it: PyTorch's workers would lose what does not fit, and the run wait for it."""
+
+    def none(*_):
+        raise RuntimeError("unable to allocate shared memory")
+
+    def setup():
+        torch.UntypedStorage._share_fd_cpu_ = torch.UntypedStorage._share_filename_cpu_ = none
+
+    log, plain = tmp_path / "log", tmp_path / "plain"
+    finish(
+        start("train_sd3_soar", [*arguments, "--dataloader_num_workers", 2, "--max_train_steps", 2], log, setup=setup),
+        log,
+    )
+    assert equal(run("train_sd3_soar", *arguments[:4], *arguments[6:], "--output_dir", plain), tmp_path / "out")
+
+
+@pytest.mark.parametrize("within", ["loss", "update"])
+def test_an_error_of_the_step(within, run, monkeypatch, tmp_path):
+    """It ends the run as it is; before an update of the weights, the last whole step is kept."""
+    owner, name = (train_sd3_soar, "training_losses") if within == "loss" else (torch.optim.AdamW, "step")
+    function, count = getattr(owner, name), itertools.count(1)
+
+    def broken(*inputs, **more):
+        if next(count) == 3:
+            raise RuntimeError("broken")
+        return function(*inputs, **more)
+
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="broken"):
+        patch.setattr(owner, name, broken)
+        run("train_sd3_soar", "--max_train_steps", 4)
+    assert [path.name for path in (tmp_path / "out").glob("checkpoint-*")] == ["checkpoint-2"] * (within == "loss")
+
+
+def test_a_process_that_waits_for_another_ends(arguments, tmp_path):
+    """After a time that a user survives, where the other never comes."""
+
+    def setup():
+        limit, losses = train_sd3_soar.limit_waits, train_sd3_soar.training_losses
+
+        def endless(*inputs):
+            time.sleep(10_000)
+            yield from losses(*inputs)
+
+        train_sd3_soar.limit_waits = lambda **time: limit(seconds=5 if time["minutes"] <= 60 else 0)
+        if os.environ["RANK"] == "1":
+            train_sd3_soar.training_losses = endless
+
+    log = tmp_path / "log"
+    waiting, stuck = start_two("train_sd3_soar", [*arguments, "--max_train_steps", 2], log, setup)
+    waiting.join(120)
+    stuck.kill()
+    assert waiting.exitcode == 1, log.read_text()[-2000:]
+
+
 # Processes
 
 
@@ -478,9 +720,10 @@ def children(pid):
     return [int(c) for t in Path(f"/proc/{pid}/task").iterdir() for c in (t / "children").read_text().split()]
 
 
-def test_a_process_that_dies_takes_the_others_along(arguments, tmp_path):
+def test_a_process_that_dies_takes_the_others_along(arguments, tmp_path, request):
     log = tmp_path / "log"
     launcher = torchrun([*arguments, "--max_train_steps", 100_000], log)
+    request.addfinalizer(launcher.kill)
     deadline = time.monotonic() + 120
     while " 2/100000 [" not in log.read_text():
         assert launcher.poll() is None and time.monotonic() < deadline, log.read_text()[-3000:]
@@ -501,7 +744,7 @@ SCONTROL = """#!/bin/bash
 """
 
 
-def test_slurm_queues_an_interrupted_job_again(arguments, tmp_path):
+def test_slurm_queues_an_interrupted_job_again(arguments, tmp_path, request):
     """The job's script with two processes, and stand-ins for Slurm's commands; a signal to each, as Slurm sends."""
     tools = tmp_path / "tools"
     tools.mkdir()
@@ -518,9 +761,9 @@ def test_slurm_queues_an_interrupted_job_again(arguments, tmp_path):
     command = ["bash", script, ROOT / "train_sd3_soar.py", *arguments, "--max_train_steps", 100_000]
     log = tmp_path / "log"
     with open(log, "w") as output:
-        job = subprocess.Popen(
-            [*map(str, command)], stdout=output, stderr=subprocess.STDOUT, env=environment, cwd=tmp_path
-        )
+        options = {"env": environment, "cwd": tmp_path, "start_new_session": True}
+        job = subprocess.Popen([*map(str, command)], stdout=output, stderr=subprocess.STDOUT, **options)
+    request.addfinalizer(lambda: subprocess.run(["pkill", "-KILL", "-s", str(job.pid)]))  # of a test that fails
     deadline = time.monotonic() + 120
     while " 2/100000 [" not in log.read_text():
         assert job.poll() is None and time.monotonic() < deadline, log.read_text()[-3000:]
@@ -714,13 +957,15 @@ def test_hostile_captions_train(run, photos, tmp_path):
     assert len(cached(out / "cache" / "prompt_embeds")) == 3  # the empty one is the null prompt
 
 
-def test_images_of_train_data_dir_may_not_lead_out_of_it(run, photos, tmp_path):
+def test_metadata_may_not_lead_out_of_train_data_dir(run, photos, tmp_path):
+    """Neither by a path nor through a folder that is a link; a picture that is a link is the folder's own."""
     folder = tmp_path / "images"
     folder.mkdir()
-    (folder / "inside.png").symlink_to(photos / "coffee.png")
-    (folder / "metadata.jsonl").write_text('{"file_name": "inside.png", "text": "a"}\n')
-    with pytest.raises(SystemExit, match="inside.png.* leads out of --train_data_dir"):
-        run("train_sd3_soar", "--train_data_dir", folder)
+    (folder / "linked").symlink_to(photos)
+    for name in ("linked/coffee.png", "../photos/coffee.png", str(photos / "coffee.png")):
+        (folder / "metadata.jsonl").write_text(json.dumps({"file_name": name, "text": "a"}))
+        with pytest.raises(SystemExit, match="coffee.png' leads out of --train_data_dir"):
+            run("train_sd3_soar", "--train_data_dir", folder)
 
 
 def test_rng_of_the_process_does_not_matter(run, tmp_path):

@@ -3,6 +3,7 @@
 
 import ast
 import importlib
+import itertools
 import json
 import logging
 import math
@@ -12,11 +13,21 @@ import huggingface_hub
 import numpy as np
 import pytest
 import torch
+import torchao.optim
 from accelerate import PartialState
-from diffusers import AutoencoderKL, SD3Transformer2DModel, StableDiffusion3Pipeline
+from diffusers import (
+    AutoencoderKL,
+    DPMSolverMultistepScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+    UniPCMultistepScheduler,
+)
 from diffusers.models.attention import JointTransformerBlock
 from diffusers.training_utils import EMAModel
 from harness import ROOT, SCRIPTS, cached, equal, finish, start_two, weights
+from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -38,6 +49,7 @@ ELSEWHERE = {
     "--pretrained_model_name_or_path": "test_bad_input.test_model_that_does_not_exist",
     "--dataset_name": "test_data.test_dataset_name",
     "--dataset_config_name": "test_data.test_dataset_config_name",
+    "--dataset_split": "test_data.test_dataset_split",
     "--train_data_dir": "test_data.test_train_data_dir",
     "--jsonl_path": "test_data.test_authors_format",
     "--image_dir": "test_data.test_authors_format",
@@ -344,6 +356,61 @@ def test_variant(run, pipeline, tmp_path):
         run(LORA, "--pretrained_model_name_or_path", model, "--output_dir", tmp_path / "without")
 
 
+@pytest.mark.parametrize("parts", [["text_encoder", "text_encoder_3"], ["transformer"], ["vae"]], ids=str)
+@pytest.mark.parametrize("script", [SFT, LORA])
+def test_variant_of_some_parts(script, parts, run, default, pipeline, tmp_path):
+    """As a pipeline loads it: files of the variant where there are some, the usual ones elsewhere."""
+    model = tmp_path / "model"
+    shutil.copytree(pipeline, model)
+    for part in parts:
+        (file,) = (model / part).glob("*.safetensors")
+        file.rename(file.with_suffix(".fp16.safetensors"))
+    StableDiffusion3Pipeline.from_pretrained(model, variant="fp16")
+    assert equal(run(script, "--pretrained_model_name_or_path", model, "--variant", "fp16"), default(script))
+
+
+@pytest.mark.parametrize("script", [SFT, LORA])
+def test_the_variant_is_of_the_model(script, run, default, pipeline, tmp_path):
+    """And not of --transformer, of which a folder may have another variant of another training."""
+    model, tuned = tmp_path / "model", default(SFT)
+    shutil.copytree(pipeline, model)
+    (file,) = (model / "vae").glob("*.safetensors")
+    file.rename(file.with_suffix(".fp16.safetensors"))
+    shutil.copytree(tuned, tmp_path / "tuned")
+    name = "transformer/diffusion_pytorch_model"
+    shutil.copy(pipeline / f"{name}.safetensors", tmp_path / "tuned" / f"{name}.fp16.safetensors")
+    flags = ("--pretrained_model_name_or_path", model, "--variant", "fp16", "--transformer", tmp_path / "tuned")
+    assert equal(run(script, *flags), default(script, "--transformer", tuned))
+
+
+SCHEDULERS = [
+    (DPMSolverMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=3.0), True),
+    (UniPCMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=3.0), True),
+    (FlowMatchHeunDiscreteScheduler(shift=3.0), True),
+    (DPMSolverMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=2.0), False),
+    (FlowMatchEulerDiscreteScheduler(shift=2.0), False),
+]
+
+
+@pytest.mark.parametrize(("scheduler", "same"), SCHEDULERS, ids=lambda value: type(value).__name__)
+def test_the_shift_of_any_sampler(scheduler, same, run, default, pipeline, tmp_path):
+    """The noise levels of training and of validation are those of a pipeline that was saved with another sampler."""
+    model, arguments = tmp_path / "model", (SFT, "--validation_prompt", "a cat")
+    shutil.copytree(pipeline, model)
+    StableDiffusion3Pipeline.from_pretrained(pipeline, scheduler=scheduler).save_pretrained(model)
+    base, out = default(*arguments), run(*arguments, "--pretrained_model_name_or_path", model)
+    assert equal(out, base) == same
+    first, second = (np.asarray(Image.open(folder / "samples" / "0-0.png")) for folder in (base, out))
+    assert np.array_equal(first, second) == same
+    # And the levels of validation by themselves: with the same weights.
+    run(*arguments, "--pretrained_model_name_or_path", model, "--learning_rate", 0, "--output_dir", tmp_path / "zero")
+    first, second = (
+        np.asarray(Image.open(folder / "samples" / "0-0.png"))
+        for folder in (default(*arguments, "--learning_rate", 0), tmp_path / "zero")
+    )
+    assert np.array_equal(first, second) == same
+
+
 @covers("--revision")
 def test_revision(run, pipeline, tmp_path, monkeypatch):
     """A model of the hub, in its local cache, at a revision with other weights."""
@@ -592,9 +659,14 @@ def test_learning_rate_schedules(name, run, logged, monkeypatch, tmp_path):
 @covers("--optimizer", "--use_8bit_adam", "--learning_rate", "--adam_beta1", "--adam_beta2", "--adam_weight_decay")
 @pytest.mark.parametrize(
     ("flags", "name"),
-    [([], "AdamW"), (["--use_8bit_adam"], "AdamW8bit"), (["--optimizer", "prodigy"], "Prodigy")],
+    [
+        ([], "AdamW"),
+        (["--use_8bit_adam"], "AdamW8bit"),
+        (["--full_bf16", "--mixed_precision", "bf16"], "AdamW8bit"),
+        (["--optimizer", "prodigy"], "Prodigy"),
+    ],
 )
-def test_optimizers(flags, name, run, monkeypatch):
+def test_optimizers(flags, name, run, uncompiled, monkeypatch):
     """Each with its parameters; 8-bit state where the tensor is large enough for it."""
     made = seen(monkeypatch, importlib.import_module(SFT), "make_optimizer")
     values = {"learning_rate": 2e-3, "adam_beta1": 0.8, "adam_beta2": 0.9, "adam_weight_decay": 0.1}
@@ -603,9 +675,11 @@ def test_optimizers(flags, name, run, monkeypatch):
     optimizer = made[0][2]
     assert type(optimizer).__name__ == name
     group = optimizer.param_groups[0]
-    assert (group["lr"], tuple(group["betas"]), group["weight_decay"], group["eps"]) == (2e-3, (0.8, 0.9), 0.1, 1e-6)
+    found = float(group["lr"]), *group["betas"], group["weight_decay"], group["eps"]
+    assert found == pytest.approx((2e-3, 0.8, 0.9, 0.1, 1e-6))
     state = [value for state in optimizer.state.values() for value in state.values() if torch.is_tensor(value)]
-    assert any(tensor.dtype == torch.uint8 for tensor in state) == (name == "AdamW8bit")
+    eight_bit = [getattr(tensor, "codes", tensor).dtype == torch.uint8 for tensor in state]
+    assert any(eight_bit) == (name == "AdamW8bit") and not all(eight_bit)
 
 
 @covers("--prodigy_beta3", "--prodigy_decouple", "--prodigy_use_bias_correction", "--prodigy_safeguard_warmup")
@@ -662,6 +736,7 @@ def test_max_grad_norm(run, logged, pipeline, tmp_path):
         trained = weights(folder)
         changes.append(math.sqrt(sum((trained[n].double() - base[n].double()).square().sum() for n in base)))
     assert changes[1] / changes[0] == pytest.approx(0.01 / norm, rel=0.1)
+    assert equal(run(*arguments, "--max_grad_norm", 0, "--output_dir", tmp_path / "zero"), free)  # it does not clip
 
 
 def noise_levels(forwards):
@@ -794,6 +869,24 @@ def test_full_bf16_is_alike_on_all_processes(pipeline, photos, tmp_path, uncompi
     assert all(torch.equal(one[name], two[name]) for name in one)
 
 
+def test_full_bf16_rounds_anew_at_every_step(run, uncompiled, monkeypatch, tmp_path):
+    """With numbers that depend on the seed and the step alone."""
+    drawn, step = [], torchao.optim.AdamW8bit.step
+
+    def see(self, *inputs, **more):
+        drawn.append(torch.get_rng_state().numpy().tobytes())
+        return step(self, *inputs, **more)
+
+    monkeypatch.setattr(torchao.optim.AdamW8bit, "step", see)
+    out = run(SFT, *BF16, "--max_train_steps", 3, "--checkpointing_steps", 1)
+    first, second, third = drawn
+    assert len({*drawn}) == 3
+    run(SFT, *BF16, "--max_train_steps", 3, "--resume_from_checkpoint", out / "checkpoint-1", "--output_dir", tmp_path)
+    assert drawn[3:] == [second, third]
+    run(SFT, *BF16, "--max_train_steps", 1, "--seed", 1, "--output_dir", tmp_path / "other")
+    assert drawn[5] != first
+
+
 def test_full_bf16_average_is_float32(run, uncompiled, monkeypatch):
     """A bf16 average would not take steps of 1e-4 of a difference."""
     averages = seen(monkeypatch, EMAModel, "to")
@@ -811,6 +904,45 @@ def test_ema(run, tmp_path):
         for name, tensor in weights(folder).items():
             torch.testing.assert_close(tensor, decay * one[name] + (1 - decay) * two[name], rtol=0, atol=1e-6)
     assert not equal(out, out / "checkpoint-2")
+
+
+def test_validation_sees_the_average_and_training_does_not(run, monkeypatch, tmp_path):
+    """In the middle of a run, too; the weights that are trained are those of a run without validation or average."""
+    module, sampled = importlib.import_module(SFT), []
+    validate = module.log_validation
+
+    def see(args, accelerator, transformer, *inputs):
+        state = accelerator.unwrap_model(transformer).state_dict()
+        sampled.append({name: tensor.clone() for name, tensor in state.items()})
+        return validate(args, accelerator, transformer, *inputs)
+
+    monkeypatch.setattr(module, "log_validation", see)
+    arguments = (SFT, "--max_train_steps", 3, "--checkpointing_steps", 1)
+    validation = ("--validation_prompt", "a cat", "--validation_steps", 2)
+    out = run(*arguments, "--use_ema", *validation)
+    one, two = (weights(out / f"checkpoint-{step}") for step in (1, 2))
+    for name, tensor in one.items():
+        average = 2 / 11 * tensor + 9 / 11 * two[name]
+        torch.testing.assert_close(sampled[0][name], average, rtol=0, atol=1e-6)
+    plain = run(*arguments, "--output_dir", tmp_path / "plain")
+    assert equal(out / "checkpoint-3", plain / "checkpoint-3") and not equal(out, plain)
+
+
+def test_skipped_steps_are_not_averaged(run, monkeypatch):
+    module, number = importlib.import_module(SFT), itertools.count(1)
+    losses = module.training_losses
+
+    def poisoned(*inputs):
+        factor = math.nan if next(number) in (2, 3) else 1
+        for loss, shares in losses(*inputs):
+            yield loss * factor, shares
+
+    monkeypatch.setattr(module, "training_losses", poisoned)
+    arguments = ("--max_train_steps", 4, "--checkpointing_steps", 1, "--max_skipped_steps", 2)
+    out = run(SFT, *arguments, "--use_ema")
+    one, four = (weights(out / f"checkpoint-{step}") for step in (1, 4))
+    for name, tensor in weights(out).items():
+        torch.testing.assert_close(tensor, 2 / 11 * one[name] + 9 / 11 * four[name], rtol=0, atol=1e-6)
 
 
 @covers("--offload_ema")
@@ -921,9 +1053,21 @@ def test_rank_and_alpha(flags, rank, alpha, run, pipeline):
     assert np.abs(drawn[0] - drawn[1]).max() < 1e-5
 
 
+def test_a_new_lora(run):
+    """Its effect is none, and its A is drawn from a normal distribution of deviation 1 / rank, by the seed."""
+    out = run(LORA, "--rank", 4, "--learning_rate", 0)
+    state = weights(out)
+    assert all((tensor == 0).all() for name, tensor in state.items() if "lora_B" in name)
+    drawn = torch.cat([tensor.flatten() for name, tensor in state.items() if "lora_A" in name])
+    assert drawn.std().item() == pytest.approx(1 / 4, rel=0.05) and drawn.abs().max() > 0.6
+    assert not torch.equal(drawn[:128], drawn[128:256])
+    other = run(LORA, "--rank", 4, "--learning_rate", 0, "--seed", 1, "--overwrite_output_dir")
+    assert not any(torch.equal(tensor, state[name]) for name, tensor in weights(other).items() if "lora_A" in name)
+
+
 @covers("--lora_dropout")
-def test_lora_dropout(run, pipeline, monkeypatch):
-    """Active in training, not in validation, and not in the file's effect."""
+def test_lora_dropout(run, pipeline, monkeypatch, tmp_path):
+    """Active in training, not in validation, after which it is again, and not in the file's effect."""
     made = seen(monkeypatch, importlib.import_module(LORA), "load_transformer")
     out = run(LORA, "--lora_dropout", 0.25, "--learning_rate", 1e-2)
     rates = {m.p for m in made[0][2].modules() if isinstance(m, torch.nn.Dropout) and m.p}
@@ -931,6 +1075,18 @@ def test_lora_dropout(run, pipeline, monkeypatch):
     pipe = StableDiffusion3Pipeline.from_pretrained(pipeline)
     pipe.load_lora_weights(out)
     assert np.array_equal(generate(pipe), generate(pipe))
+    training, forward = [], SD3Transformer2DModel.forward
+
+    def see(self, **inputs):
+        layers = [module.training for module in self.modules()]
+        training.append((any(layers), all(layers)))
+        return forward(self, **inputs)
+
+    monkeypatch.setattr(SD3Transformer2DModel, "forward", see)
+    flags = ("--lora_dropout", 0.25, "--trajectory_length", 0, "--max_train_steps", 3, "--validation_steps", 2)
+    run(LORA, *flags, "--validation_prompt", "a cat", "--output_dir", tmp_path / "validated")
+    step, sampling = (True, True), (False, False)
+    assert training == [step] * 2 + [sampling] * 2 + [step] + [sampling] * 2
 
 
 ATTENTION = {f"attn.{name}" for name in "to_q to_k to_v to_out.0 add_q_proj add_k_proj add_v_proj to_add_out".split()}
@@ -969,6 +1125,8 @@ def test_lora(run, default, pipeline, tmp_path):
     one = run(LORA, *shape, "--output_dir", tmp_path / "one")
     same = run(LORA, "--lora", one, "--learning_rate", 0, "--output_dir", tmp_path / "same")
     assert equal(one, same) and metadata(one) == metadata(same)
+    mixed = ("--mixed_precision", "bf16", "--save_dtype", "fp32", "--output_dir", tmp_path / "mixed")
+    assert equal(one, run(LORA, "--lora", one, "--learning_rate", 0, *mixed))  # not by way of the base's bf16
     out = run(LORA, "--lora", one, "--checkpointing_steps", 1, "--output_dir", tmp_path / "two")
     assert weights(out).keys() == weights(one).keys() and not equal(out, one)
     resumed = tmp_path / "resumed"
@@ -979,6 +1137,125 @@ def test_lora(run, default, pipeline, tmp_path):
         run(LORA, "--lora", one, "--rank", 8, "--output_dir", tmp_path / "refused")
     card = (out / "README.md").read_text()
     assert f"Trained from `{pipeline}`, `{one}` with" in card
+
+
+def tensors_of(adapter):
+    """By diffusers' names, without a prefix."""
+    return {name.removeprefix("base_model.model."): t for name, t in get_peft_model_state_dict(adapter).items()}
+
+
+def write_peft(adapter, folder):
+    """PEFT's own format, with patterns for the layers' names, and frozen."""
+    adapter.save_pretrained(folder)
+    return folder
+
+
+def write_metadata(adapter, folder):
+    """As diffusers' training scripts do."""
+    config = adapter.peft_config["default"].to_dict() | {"target_modules": ["attn.to_q", "attn.to_v"]}
+    StableDiffusion3Pipeline.save_lora_weights(folder, tensors_of(adapter), transformer_lora_adapter_metadata=config)
+    return folder
+
+
+def write_unprefixed(adapter, folder):
+    """By `transformer.save_lora_adapter`."""
+    model = adapter.base_model.model
+    model.peft_config, model._hf_peft_config_loaded = adapter.peft_config, True
+    model.save_lora_adapter(folder)
+    return folder
+
+
+def with_alphas(adapter):
+    """With a tensor of each layer's strength."""
+    state = {f"transformer.{name}": tensor for name, tensor in tensors_of(adapter).items()}
+    for layer in {name.partition(".lora_")[0] for name in state}:
+        state[f"{layer}.alpha"] = torch.tensor(3.0 if layer.endswith("to_v") else 16.0)
+    return state
+
+
+def write_alphas(adapter, folder):
+    folder.mkdir()
+    save_file(with_alphas(adapter), folder / "pytorch_lora_weights.safetensors")
+    return folder
+
+
+def write_both(adapter, folder):
+    """Strength in the metadata, and in tensors: it counts once."""
+    write_metadata(adapter, folder)
+    file = folder / "pytorch_lora_weights.safetensors"
+    with safe_open(file, "pt") as opened:
+        save_file(with_alphas(adapter), file, opened.metadata())
+    return folder
+
+
+def write_file(adapter, folder):
+    """Of any name, with what it trained of a text encoder, and the names that diffusers had before PEFT."""
+    folder.mkdir()
+    state = {name.replace("lora_A", "lora.down"): tensor for name, tensor in with_alphas(adapter).items()}
+    state = {name.replace("lora_B", "lora.up"): tensor for name, tensor in state.items()}
+    layer = "text_encoder.text_model.encoder.layers.0.self_attn.q_proj"
+    state |= {f"{layer}.{name}.weight": torch.ones(2, 2) for name in ("lora_A", "lora_B")}
+    save_file(state, folder / "mine.safetensors")
+    return folder / "mine.safetensors"
+
+
+@pytest.mark.parametrize(
+    ("write", "options"),
+    [
+        (write_peft, {}),
+        (write_peft, {"use_rslora": True}),
+        (write_peft, {"use_dora": True}),
+        (write_metadata, {}),
+        (write_metadata, {"use_rslora": True}),
+        (write_unprefixed, {}),
+        (write_alphas, {}),
+        (write_both, {}),
+        (write_file, {}),
+    ],
+    ids=lambda value: getattr(value, "__name__", str(value)),
+)
+def test_loras_of_other_programs(write, options, run, pipeline, tmp_path, caplog):
+    """
+    Two ranks and two strengths on two kinds of layers, told in every way. The run begins with PEFT's own effect, and
+    its result has it, and no word of where the LoRA was made.
+    """
+    torch.manual_seed(0)
+    transformer = SD3Transformer2DModel.from_pretrained(pipeline, subfolder="transformer")
+    layers = {
+        "target_modules": r".*\.attn\.to_[qv]",
+        "rank_pattern": {"attn.to_v": 2},
+        "alpha_pattern": {"attn.to_v": 3},
+    }
+    adapter = get_peft_model(transformer, LoraConfig(r=4, lora_alpha=16, init_lora_weights=False, **layers, **options))
+    source = write(adapter, tmp_path / "adapter")
+    size = sum(tensor.numel() for tensor in tensors_of(adapter).values())
+    out = run(LORA, "--lora", source, "--learning_rate", 0, "--checkpointing_steps", 1)
+    found = metadata(out)
+    assert found["transformer.target_modules"] == sorted(
+        f"transformer_blocks.{block}.attn.{layer}" for block in range(3) for layer in ("to_q", "to_v")
+    )
+    assert found["transformer.base_model_name_or_path"] is None
+    assert sum(tensor.numel() for tensor in weights(out).values()) == size
+    assert f"{size:,} trained parameters" in caplog.text
+    merged = adapter.merge_and_unload().state_dict()
+    for folder in (out, out / "checkpoint-2"):
+        pipe = StableDiffusion3Pipeline.from_pretrained(pipeline)
+        pipe.load_lora_weights(folder)
+        pipe.fuse_lora()
+        pipe.unload_lora_weights()
+        state = pipe.transformer.state_dict()
+        changed = 0
+        for name, tensor in weights(pipeline).items():
+            torch.testing.assert_close(state[name], merged[name], rtol=0, atol=1e-5)
+            changed += not torch.allclose(merged[name], tensor, atol=1e-3)
+        assert changed == 2 * 3
+    shutil.copytree(out / "checkpoint-1", tmp_path / "resumed" / "checkpoint-1")
+    more = ("--resume_from_checkpoint", "latest", "--output_dir", tmp_path / "resumed", "--learning_rate", 0)
+    assert equal(run(LORA, "--lora", source, *more), out)
+    trained = run(LORA, "--lora", source, "--output_dir", tmp_path / "trained", "--save_dtype", "fp32")
+    assert weights(trained).keys() == weights(out).keys() and not equal(trained, out)
+    said = [record for record in caplog.records if "2 tensors of text encoders are left out" in record.message]
+    assert len(said) == 3 * (write is write_file)
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -1046,6 +1323,8 @@ def test_four_bit_base(run, monkeypatch, tmp_path, pipeline):
     before = generate(pipe)
     pipe.load_lora_weights(out)
     assert np.abs(generate(pipe) - before).max() > 1e-3
+    flags = ("--bnb_quantization_config_path", path, "--mixed_precision", "bf16", "--lora", out, "--learning_rate", 0)
+    assert equal(run(LORA, *flags, "--output_dir", tmp_path / "again"), out)
 
 
 # Checkpoints
@@ -1099,7 +1378,8 @@ def test_validation(run, monkeypatch, tmp_path):
     assert [path.name for path in (out / "validation").iterdir()] == ["step-2.png"] and len(calls) == 6
     assert not (out / "samples").exists()
     calls.clear()
-    run(SFT, "--output_dir", tmp_path / "none")
+    for number, flags in enumerate([(), ("--skip_final_inference",), ("--num_validation_images", 0)]):
+        run(SFT, *flags, "--output_dir", tmp_path / f"none{number}")  # it asks for nothing: no effect to be missed
     assert not calls
 
 

@@ -3,6 +3,7 @@
 
 import copy
 import json
+import math
 from types import SimpleNamespace
 
 import geneval
@@ -539,6 +540,20 @@ def test_scores_images(detector, clip):
     assert rows[1]["reason"].endswith(f"found {color}")
     with pytest.raises(ValueError, match="class 'unicorn' is none"):
         scorer(images[:1], [{"tag": "colors", "include": [{"class": "unicorn", "count": 1}]}])
+
+
+@pytest.mark.parametrize("part", ["class_predictor", "mask_embedder", "visual_projection"])
+def test_numbers_that_are_not_finite_give_no_score(detector, clip, part):
+    """Of the detector's classes, its masks, or the colours: an image without objects is another thing."""
+    scorer = geneval.GenEval("cpu", detector=detector, clip=clip)
+    name, group = next(iter(scorer.detect(draw()).items()))
+    record = {"tag": "colors", "include": [{"class": name, "count": len(group), "color": "red"}]}
+    scorer([draw()], [record])
+    for model in (scorer.detect.model, scorer.classify.model):
+        for parameter in (value for key, value in model.named_parameters() if part in key):
+            parameter.data.fill_(math.nan)
+    with pytest.raises(ValueError, match="numbers that are not finite"):
+        scorer([draw()], [record])
 
 
 def test_rows_report_what_counted():

@@ -17,7 +17,7 @@ from diffusers import StableDiffusion3Pipeline
 from harness import ROOT, SCRIPTS, weights
 from hub import Hub
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 
 # A process that has imported the scripts, with the hub in place of the real one. For each line of standard input it
@@ -211,6 +211,51 @@ def test_a_data_set_of_the_hub(hub, clients, pipeline, small_photos, tmp_path):
     assert ended == [""] and hub.downloads()["data/train-00000-of-00001.parquet"] == 1
 
 
+def test_a_lora_of_the_hub(hub, clients, pipeline, tmp_path):
+    """Of its repository the weights alone; what is none is refused before the model's weights are sent."""
+    layer = "transformer.transformer_blocks.0.attn.to_q"
+    state = {f"{layer}.lora_A.weight": torch.ones(2, 32), f"{layer}.lora_B.weight": torch.ones(32, 2)}
+    for name, tensors in (("lora", state), ("none", {f"{layer}.lokr_w1": torch.ones(2, 2)})):
+        (tmp_path / name).mkdir()
+        save_file(tensors, tmp_path / name / "pytorch_lora_weights.safetensors")
+        (tmp_path / name / "picture.png").write_bytes(b"not for us")
+        hub.add(f"someone/{name}", tmp_path / name)
+    hub.add("someone/lora_base", pipeline)
+    ended, _ = clients(("train_sd3_soar_lora", "someone/lora_base", "--lora", "someone/none"))
+    assert ended[0].startswith("error: --lora someone/none: ") and "lokr_w1 is no LoRA" in ended[0]
+    assert [name for name in hub.downloads() if not name.endswith(".json")] == ["pytorch_lora_weights.safetensors"]
+    base = ("train_sd3_soar_lora", "someone/lora_base", "--lora")
+    ended, _ = clients((*base, "someone/lora"), (*base, "someone/no"))
+    assert ended[0] == "" and ended[1].startswith("error: --lora someone/no cannot be loaded: ")
+    assert weights(tmp_path / "out0").keys() == state.keys() and "picture.png" not in hub.downloads()
+
+
+def test_a_transformer_in_place_of_the_models(hub, clients, pipeline, tmp_path):
+    """The model's own is not sent, the largest of its files."""
+    (tmp_path / "tuned").mkdir()
+    shutil.copytree(pipeline / "transformer", tmp_path / "tuned" / "transformer")
+    hub.add("someone/whole", pipeline)
+    ended, _ = clients(("train_sd3_sft", "someone/whole", "--transformer", str(tmp_path / "tuned")))
+    assert ended == [""] and "vae/diffusion_pytorch_model.safetensors" in hub.downloads()
+    assert not any(name.startswith("transformer/diffusion") for name in hub.downloads())
+
+
+def test_a_variant_of_some_parts(hub, clients, pipeline, tmp_path):
+    """Of each part one file is sent."""
+    model, pipe = tmp_path / "model", StableDiffusion3Pipeline.from_pretrained(pipeline)
+    shutil.copytree(pipeline, model)
+    names = ("text_encoder", "text_encoder_2", "text_encoder_3")
+    for name in names:
+        getattr(pipe, name).save_pretrained(model / name, variant="fp16")
+    hub.add("someone/mixed", model)
+    script = ("train_sd3_sft", "someone/mixed", "--variant")
+    ended, _ = clients((*script, "fp16"), (*script, "bf16"))
+    assert ended[0] == "" and "someone/mixed" in ended[1] and "variant=bf16" in ended[1] and "\n" not in ended[1]
+    files = {f"{name}/diffusion_pytorch_model.safetensors" for name in ("transformer", "vae")}
+    files |= {f"{name}/model.fp16.safetensors" for name in names}
+    assert {name for name in hub.downloads() if name.endswith(".safetensors")} == files
+
+
 @pytest.mark.parametrize("script", ["train_sd3_soar", "train_sd3_soar_lora"])
 def test_what_is_uploaded(script, hub, clients, pipeline, tmp_path):
     """The result and its card, from which a stock pipeline draws; no secret is in any file, here or there."""
@@ -241,3 +286,39 @@ def test_what_is_uploaded(script, hub, clients, pipeline, tmp_path):
     ended, shown = clients(("exec", code), HF_TOKEN="hf_known")
     assert ended == [""] and (tmp_path / "drawn.png").exists(), shown[-2000:]
     assert any(f"me/mine-{script}" in path for _, path in hub.requests)
+
+
+def test_where_nothing_may_be_uploaded(hub, clients, pipeline, tmp_path):
+    """Without a login, without rights or with an impossible name: one line, before anything is trained."""
+    hub.add("someone/open", pipeline)
+    hub.add("someone/else", tmp_path)
+    hub.readable.add("someone/else")
+    push = ("train_sd3_sft", "someone/open", "--push_to_hub")
+    commands = [
+        (*push, "--hub_model_id", "mine"),
+        (*push, "--hub_model_id", "someone/else", "--hub_token", "hf_known"),
+        (*push, "--output_dir", tmp_path / "two words", "--hub_token", "hf_known"),
+    ]
+    ended, shown = clients(*commands, HF_TOKEN="")
+    assert "Training" not in shown and not list(tmp_path.glob("*/transformer"))
+    for line, name in zip(ended, ("mine", "someone/else", "two words"), strict=True):
+        assert line.startswith(f"error: --push_to_hub {name}: ") and "\n" not in line and len(line) < 800
+
+
+def test_a_hub_that_asks_to_wait(hub, clients, pipeline):
+    """429, when the repository is made and when the result is committed: tried again."""
+    hub.add("someone/open", pipeline)
+    hub.failures = {"/api/repos/create": [429], "/commit/main": [429]}
+    flags = ("--push_to_hub", "--hub_model_id", "patient", "--hub_token", "hf_known")
+    ended, shown = clients(("train_sd3_sft", "someone/open", *flags))
+    assert ended == [""] and not any(hub.failures.values()) and "trying again" in shown
+    assert (hub.root / "me" / "patient" / "transformer" / "config.json").exists()
+
+
+def test_an_upload_that_fails_leaves_the_result(hub, clients, pipeline, tmp_path):
+    """A warning, after the result was written."""
+    hub.add("someone/open", pipeline)
+    hub.failures = {"/commit/main": [500] * 4}
+    ended, shown = clients(("train_sd3_soar_lora", "someone/open", "--push_to_hub", "--hub_token", "hf_known"))
+    assert ended == [""] and not any(hub.failures.values()) and "the result is safe in" in shown
+    assert (tmp_path / "out0" / "pytorch_lora_weights.safetensors").exists()

@@ -273,6 +273,20 @@ def test_paired_differences():
     assert report.difference(one, one, "here", "lenient") == "+0.000 [+0.000, +0.000], 3 of 3"
 
 
+def test_undefined_gaps(tmp_path):
+    """What `measure_exposure_bias.py` found no number for is no number in the table, and left out of the picture."""
+    gaps = report.read_gaps(HERE / "results", 0.1)
+    for gap in gaps[1:]:
+        for record in gap["summary"] + gap["levels"]:
+            if (record["model"], record["num_own_steps"]) == ("sft", 1):
+                record |= dict.fromkeys(("gap_change", "ratio"))
+    before, after = (report.gap_table(found).splitlines() for found in (report.read_gaps(HERE / "results", 0.1), gaps))
+    assert "undefined" not in str(before) and before[:2] + before[3:] == after[:2] + after[3:]
+    cells, others = after[2].split(" | "), before[2].split(" | ")
+    assert cells[3] == "undefined" and cells[:3] + cells[4:] == others[:3] + others[4:]
+    report.draw_gap(gaps, tmp_path / "gap.png")
+
+
 def test_nothing_is_missing(tmp_path, monkeypatch):
     """The committed results are the whole experiment: `full` has nothing to do; where a file is missing, it has."""
     results, made = tmp_path / "results", []

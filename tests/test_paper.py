@@ -16,6 +16,7 @@ from harness import ROOT, run_forked
 HERE = ROOT / "examples" / "paper"
 sys.path.insert(0, str(HERE))
 import paper  # noqa: E402
+import report_paper  # noqa: E402
 
 
 def test_costs_are_those_of_the_benchmark():
@@ -91,6 +92,21 @@ def test_what_cannot_run_is_named_and_tried_again(tmp_path, monkeypatch, capsys)
     assert again == [stage.name for stage in stages if stage.name in missing or stage.name == "report"]
     before = len(called)
     assert paper.run(stages, str(tmp_path), "") == 0 and len(called) == before
+
+
+def test_curves_and_cells_of_the_report(tmp_path):
+    """The means that `score_images.py` wrote, of the images that have scores; the number of the others is said."""
+    for step, mean in ((4, 6.0), (2, 5.0)):
+        folder = tmp_path / "images" / "curves" / "aesthetic" / f"sft-aesthetic-{step}"
+        (folder / "scores").mkdir(parents=True)
+        (folder / "scores" / "aesthetic.jsonl").write_text('{"score": NaN}\n')
+        summary = {"mean": mean, "low": 4.5, "high": 6.5, "images": 1, "prompts": 1, "missing": step}
+        (folder / "scores.json").write_text(json.dumps({"aesthetic": summary}))
+    assert report_paper.curves(tmp_path, "aesthetic") == {"sft-aesthetic": [(2, 5.0), (4, 6.0)]}
+    assert report_paper.curves(tmp_path, "clipscore") == {}
+    assert "6.000<br><small>[4.500, 6.500], 4 images missing" in report_paper.cell(
+        summary | {"mean": 6, "missing": 4}, ".3f"
+    )
 
 
 def test_the_toy_experiment(tmp_path, monkeypatch, capsys):

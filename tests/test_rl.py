@@ -164,11 +164,11 @@ def test_first_gradient_is_the_advantage_times_flow_matching(beta):
 def test_transition_and_its_probability_are_the_authors(mode, case):
     """In the middle, at sigma = 1, and at the last step; and the gradient of the log-probability."""
     given, wanted = VECTORS["flow_grpo"][case]["inputs"], VECTORS["flow_grpo"][case]["outputs"]
-    levels = given["sigma"], given["sigma_next"]
+    levels, step = (given["sigma"], given["sigma_next"]), (mode, given["noise_level"], given["sigma_next"].max())
     close = {"rtol": 1e-4, "atol": 1e-5}
     for policy in ("old", "new", "ref"):
         velocity = given[f"model_output_{policy}"].clone().requires_grad_()
-        mean, std = soar_utils.step_distribution(given["sample"], velocity, *levels, mode, given["noise_level"])
+        mean, std = soar_utils.step_distribution(given["sample"], velocity, *levels, *step)
         torch.testing.assert_close(mean, wanted[f"prev_sample_mean_{policy}"], **close)
         deviation = wanted["std_dev_t"] * (wanted["sqrt_minus_dt"] if mode == "flow_sde" else 1)
         torch.testing.assert_close(std, deviation.flatten(), **close)
@@ -176,7 +176,7 @@ def test_transition_and_its_probability_are_the_authors(mode, case):
         log_probs = grpo.log_probabilities(mode, mean, std, wanted["prev_sample"])
         torch.testing.assert_close(log_probs[~last], wanted[f"log_prob_{policy}"][~last], rtol=1e-5, atol=1e-5)
     velocity = given["model_output_new"].clone().requires_grad_()
-    mean, std = soar_utils.step_distribution(given["sample"], velocity, *levels, mode, given["noise_level"])
+    mean, std = soar_utils.step_distribution(given["sample"], velocity, *levels, *step)
     grpo.log_probabilities(mode, mean, std, wanted["prev_sample"]).sum().backward()
     gradient = wanted["grad_of_sum_log_prob_new_wrt_model_output_new"]
     torch.testing.assert_close(velocity.grad, gradient, rtol=1e-3, atol=1e-5)
@@ -214,9 +214,10 @@ def test_loss_and_distance_from_the_start_are_the_authors(index):
     case, loss = VECTORS["flow_grpo"]["sde_step"], VECTORS["flow_grpo"]["policy_loss"]
     given, found = case["inputs"], case["outputs"]
     some = slice(index, index + 1)
-    sigmas = torch.stack([given["sigma"][index], given["sigma_next"][index]])
+    levels = torch.stack([given["sigma"][index], given["sigma_next"][index]])
+    sigmas = torch.cat([torch.ones(1), given["sigma_next"].max()[None], levels])
     policies = iter([given["model_output_ref"][some], given["model_output_new"][some]])
-    step = 0, given["sample"][some], found["prev_sample"][some], found["log_prob_old"][some]
+    step = 2, given["sample"][some], found["prev_sample"][some], found["log_prob_old"][some]
     advantages = loss["inputs"]["advantages"][some].clamp(-5, 5)
     flags = {"kl_weight": loss["inputs"]["beta"], "clip_range": loss["inputs"]["clip_range"]}
     ((total, shares),) = one_update(step, advantages, lambda *_, **__: next(policies), sigmas, **flags)
@@ -231,15 +232,15 @@ def test_loss_and_distance_from_the_start_are_the_authors(index):
 def test_first_gradient_is_the_advantage_times_that_of_the_probability():
     torch.manual_seed(0)
     states, noise, old = (torch.randn(4, 4, 6, 6) for _ in range(3))
-    sigmas, advantages = torch.tensor([0.7, 0.5]), torch.tensor([-5.0, -0.3, 0.0, 2.0])
-    levels = (level.expand(4) for level in sigmas)
+    sigmas, advantages = torch.tensor([1.0, 0.9, 0.7, 0.5]), torch.tensor([-5.0, -0.3, 0.0, 2.0])
+    levels = (level.expand(4) for level in sigmas[2:])
     velocity = old.clone().requires_grad_()
-    mean, std = soar_utils.step_distribution(states, velocity, *levels, "flow_sde", 0.7)
+    mean, std = soar_utils.step_distribution(states, velocity, *levels, "flow_sde", 0.7, sigma_max=0.9)
     following = (mean + std.view(-1, 1, 1, 1) * noise).detach()
     log_probs = grpo.log_probabilities("flow_sde", mean, std, following)
     (wanted,) = torch.autograd.grad((-advantages * log_probs).sum() / 4, velocity)
     twin = old.clone().requires_grad_()
-    step = 0, states, following, log_probs.detach()
+    step = 2, states, following, log_probs.detach()
     ((loss, shares),) = one_update(step, advantages, lambda *_, **__: twin, sigmas)
     loss.backward()
     torch.testing.assert_close(twin.grad, wanted, rtol=1e-5, atol=1e-9)
@@ -951,6 +952,10 @@ def test_groups_are_not_shared_out_unequally(train, tmp_path):
             "has 1 prompts of .*prompts.txt, such as 'A Dog'",
         ),
         (["--prompts", "{folder}/empty.txt"], "empty.txt has none"),
+        (
+            ["--lora", "{folder}"],
+            "--lora .*: no pytorch_lora_weights.safetensors or adapter_model.safetensors is there",
+        ),
         (["--prompts", "{folder}/bad.jsonl"], "bad.jsonl, line 1 has no `prompt`"),
     ],
 )

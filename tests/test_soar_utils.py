@@ -27,6 +27,7 @@ from soar_utils import (
 
 VECTORS = Path(__file__).with_name("data") / "golden_a.json"
 SHAPE = (5, 4, 6, 6)
+SIGMA_MAX = next_sigma(torch.ones(()), 40, 3.0).item()
 
 
 @pytest.fixture(scope="module")
@@ -93,6 +94,7 @@ def test_rollout_matches_authors(golden, mode):
         mode,
         golden["sde_noise_scale"],
         expected.get("step_noise"),
+        golden["sigma_max"],
     )
     close(rollout, expected["latents"])
 
@@ -174,7 +176,7 @@ def test_renoise_endpoints(state):
 def test_stochastic_steps_without_noise_are_the_ode_step(state, mode):
     noisy_latents = add_noise(state["latents"], state["noise"], state["sigma"])
     step = noisy_latents, state["velocity"], state["sigma"], state["sigma_next"]
-    close(rollout_step(*step, mode, 0.0, torch.randn(SHAPE)), rollout_step(*step))
+    close(rollout_step(*step, mode, 0.0, torch.randn(SHAPE), SIGMA_MAX), rollout_step(*step))
 
 
 @pytest.mark.parametrize("mode", ["sde", "flow_sde", "cps"])
@@ -185,7 +187,8 @@ def test_stochastic_steps_keep_the_marginals(mode):
     generator = torch.Generator().manual_seed(0)
     noise, step_noise = (torch.randn(1, n, generator=generator) for _ in range(2))
     latents = torch.full((1, n), 0.3)
-    rollout = rollout_step(add_noise(latents, noise, sigma), noise - latents, sigma, sigma_next, mode, 0.5, step_noise)
+    ideal = add_noise(latents, noise, sigma), noise - latents
+    rollout = rollout_step(*ideal, sigma, sigma_next, mode, 0.5, step_noise, SIGMA_MAX)
     assert abs(rollout.mean().item() - (1 - sigma_next).item() * 0.3) < 0.01
     assert abs(rollout.std().item() - sigma_next.item()) < 0.01
 
@@ -194,16 +197,34 @@ def test_stochastic_steps_keep_the_marginals(mode):
 def test_step_is_its_mean_and_as_much_noise_as_it_says(state, mode):
     """Bit for bit; of the ODE step the deviation is 0, of the others it is not."""
     step = state["latents"], state["velocity"], state["sigma"], state["sigma_next"], mode, 0.5
-    mean, std = step_distribution(*step)
+    mean, std = step_distribution(*step, SIGMA_MAX)
     noise = torch.randn(SHAPE)
     assert std.shape == (SHAPE[0],) and (std > 0).all() == (mode != "ode")
-    assert torch.equal(rollout_step(*step, noise), mean + std.view(-1, *[1] * (len(SHAPE) - 1)) * noise)
+    assert torch.equal(rollout_step(*step, noise, SIGMA_MAX), mean + std.view(-1, *[1] * (len(SHAPE) - 1)) * noise)
 
 
-def test_flow_sde_is_finite_at_pure_noise(state):
-    x = rollout_step(state["noise"], state["velocity"], torch.ones(5), next_sigma(torch.ones(5), 40, 3.0), "flow_sde",
-                     0.5, torch.randn(SHAPE))  # fmt: skip
-    assert torch.isfinite(x).all()
+@pytest.mark.parametrize("shift", [1.0, 1.82, 3.0, 6.0])
+@pytest.mark.parametrize("num_sampling_steps", [1, 10, 40])
+@pytest.mark.parametrize("mode", STOCHASTIC_ROLLOUTS)
+def test_stochastic_steps_are_bounded_at_every_noise_level(mode, num_sampling_steps, shift):
+    """From a state and with a velocity of 1, of either sign, at the strongest noise; just below pure noise, too."""
+    near_noise = 1 - 2.0 ** -torch.arange(1, 25)
+    u = torch.cat([torch.linspace(U_MIN, 1, 2000), near_noise.clamp(min=U_MIN)])
+    sigma = shift_sigma(u, shift)
+    sigma_next = next_sigma(sigma, num_sampling_steps, shift)
+    sigma_max = next_sigma(torch.ones(()), num_sampling_steps, shift).item()
+    assert sigma.max() == 1 and sigma_max < 1
+    for velocity in (-1, 1):
+        step = torch.ones(len(u), 1), torch.full((len(u), 1), velocity), sigma, sigma_next
+        mean, std = step_distribution(*step, mode, 1.0, sigma_max)
+        assert mean.abs().max() < 3 and 0 <= std.min() and std.max() < 1.5
+
+
+def test_flow_sde_has_one_coefficient_above_the_level_one_step_below_noise():
+    """As Flow-GRPO has it at 1; below, the diffusion is that of the marginals."""
+    sigma, x = torch.tensor([0.9, 0.995, 1.0]), torch.ones(3, 1)
+    std = step_distribution(x, x, sigma, sigma - 0.01, "flow_sde", 0.5, 0.99)[1]
+    close(std, 0.5 * (sigma / torch.tensor([0.1, 0.01, 0.01]) * 0.01).sqrt())
 
 
 def test_loss_is_a_weighted_mean_per_sample(state):
@@ -222,7 +243,7 @@ CALLS = {
     "rollout_step ode": lambda a, b, s, r: rollout_step(a, b, s, r),
     "step_distribution mean": lambda a, b, s, r: step_distribution(a, b, s, r, "cps")[0],
     **{
-        f"rollout_step {mode}": lambda a, b, s, r, mode=mode: rollout_step(a, b, s, r, mode, 0.5, a)
+        f"rollout_step {mode}": lambda a, b, s, r, mode=mode: rollout_step(a, b, s, r, mode, 0.5, a, SIGMA_MAX)
         for mode in STOCHASTIC_ROLLOUTS
     },
     "renoise": lambda a, b, s, r: renoise(a, b, r, s),
@@ -288,6 +309,8 @@ def test_value_error_for_wrong_choices(state):
         rollout_step(*step, "cps")
     with pytest.raises(ValueError, match="(?i)shape"):
         rollout_step(*step, "cps", 0.5, state["noise"][:1])
+    with pytest.raises(ValueError, match="`sigma_max` is required"):
+        rollout_step(*step, "flow_sde", 0.5, state["noise"])
     for function in (shift_sigma, unshift_sigma):
         with pytest.raises(ValueError, match="`shift`"):
             function(state["sigma"], 0.0)

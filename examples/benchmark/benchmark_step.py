@@ -52,6 +52,9 @@ from transformers import AutoConfig, CLIPTextModelWithProjection, T5EncoderModel
 
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+import train_sd3_soar as script  # noqa: E402
+
+
 METHODS = {
     "sft": "train_sd3_sft",
     "soar": "train_sd3_soar",
@@ -110,7 +113,8 @@ class Configuration:
     """
 
     def __init__(self, text, folder):
-        method, *flags = shlex.split(text)
+        with script.failing_with(repr(text)):
+            method, *flags = shlex.split(text) or [""]
         if method not in METHODS:
             raise SystemExit(f"error: {text!r}: the first word must be one of {', '.join(METHODS)}")
         self.text, self.folder = text, str(folder)
@@ -130,6 +134,14 @@ class Configuration:
         self.config = SD3Transformer2DModel.load_config(folder, subfolder="transformer")
         self.vae_config = AutoencoderKL.load_config(folder, subfolder="vae")
         self.vae_scale = {name: self.vae_config[name] for name in ("scaling_factor", "shift_factor")}
+        most = self.config["pos_embed_max_size"] * self.config["patch_size"] * self.pixels
+        if self.args.resolution > most or self.args.resolution % 16:
+            raise SystemExit(f"error: {text!r}: --resolution must be divisible by 16, and at most {most} for {folder}")
+
+    @property
+    def pixels(self):
+        """Width and height of what a latent stands for."""
+        return 2 ** (len(self.vae_config["block_out_channels"]) - 1)
 
     def make_accelerator(self, **options):
         AcceleratorState._reset_state(reset_partial_state=True)
@@ -139,8 +151,7 @@ class Configuration:
     def make_batch(self):
         """A random batch as the data loader gives it, with pixels and captions where the flags cache nothing."""
         size, args = self.args.train_batch_size, self.args
-        scale = 2 ** (len(self.vae_config["block_out_channels"]) - 1)
-        side, channels = args.resolution // scale, 2 * self.vae_config["latent_channels"]
+        side, channels = args.resolution // self.pixels, 2 * self.vae_config["latent_channels"]
         batch = {"seed": list(range(size)), "drop": torch.zeros(size, dtype=torch.bool)}
         batch["caption"] = ["a photo of a clock on a wooden table"] * size
         if args.cache_latents:
@@ -326,7 +337,7 @@ def weights_from_configs(device):
 
     def from_pretrained(cls, folder, subfolder=None, dtype=torch.float32, **unused):
         with device:
-            return cls.from_config(cls.load_config(folder, subfolder=subfolder)).to(dtype)
+            return cls.from_config(cls.load_config(folder, subfolder=subfolder)).to(dtype), {"missing_keys": []}
 
     return mock.patch.object(SD3Transformer2DModel, "from_pretrained", classmethod(from_pretrained))
 
@@ -405,8 +416,8 @@ def main():
         "--counted", type=Path, nargs="*", default=[], help="Earlier --output; what it has is not counted again."
     )
     parser.add_argument("--profile", action="store_true", help="On a GPU: list the kernels of one more step.")
-    parser.add_argument("--warmup", type=int, default=3, help="Steps before the timed ones.")
-    parser.add_argument("--steps", type=int, default=10, help="Timed steps; the median counts.")
+    parser.add_argument("--warmup", type=script.number(int, 0), default=3, help="Steps before the timed ones.")
+    parser.add_argument("--steps", type=script.number(int, 1), default=10, help="Timed steps; the median counts.")
     options = parser.parse_args()
     if not (options.pipeline / "transformer" / "config.json").exists():
         parser.error(f"{options.pipeline} holds no transformer/config.json; make_tiny_sd3.py makes a pipeline")
@@ -415,6 +426,14 @@ def main():
     if options.profile and not torch.cuda.is_available():
         parser.error("--profile lists the kernels of a GPU, and there is none")
 
+    with script.failing_with(f"--output {options.output}"):
+        options.output.parent.mkdir(parents=True, exist_ok=True)
+    counts = {}
+    for path in options.counted:
+        with script.failing_with(f"--counted {path} holds no results of this script"):
+            counts |= {
+                result["configuration"]: result["counted"] for result in json.loads(path.read_text())["results"]
+            }
     configurations = [Configuration(text, options.pipeline) for text in options.configurations]
     cuda = torch.cuda.is_available()
     device = torch.device("cuda" if cuda else "cpu")
@@ -424,23 +443,20 @@ def main():
         "threads": torch.get_num_threads(),
         "versions": {name: version(name) for name in ("torch", "diffusers", "accelerate")},
     }
-    rate = None
+    rate, done = None, []
     if not options.count_only:
         rate = matmul_rate(device, dtype, 8192 if cuda else 1024)
         machine["matmul_tflops"] = rate / TERA
     document = {"pipeline": options.pipeline.name, "machine": machine, "results": []}
     if options.output.exists():
-        before = json.loads(options.output.read_text())
-        for name in ("device", "versions"):
-            if before["machine"][name] != machine[name] or before["pipeline"] != document["pipeline"]:
-                parser.error(f"{options.output} is of another machine or pipeline: choose another file, or remove it")
+        with script.failing_with(f"--output {options.output} holds something else than results of this script"):
+            before = json.loads(options.output.read_text())
+            done = [result["configuration"] for result in before["results"]]
+            known = {name: before["machine"][name] for name in ("device", "versions")} | {"name": before["pipeline"]}
+        if known != {name: machine[name] for name in ("device", "versions")} | {"name": document["pipeline"]}:
+            parser.error(f"{options.output} is of another machine or pipeline: choose another file, or remove it")
         document = before
-    done = [result["configuration"] for result in document["results"]]
     configurations = [configuration for configuration in configurations if configuration.text not in done]
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    counts = {}
-    for path in options.counted:
-        counts |= {result["configuration"]: result["counted"] for result in json.loads(path.read_text())["results"]}
     for configuration in tqdm(configurations, desc="Configurations"):
         counted = counts.get(configuration.text.replace(" --torch_compile", "")) or configuration.count()
         measured = None

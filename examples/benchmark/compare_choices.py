@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 import torch
-from benchmark_step import LiveBytes, synchronize
+from benchmark_step import LiveBytes, script, synchronize
 from diffusers import SD3Transformer2DModel
 
 
@@ -43,12 +43,13 @@ def show(group, choices, device, repeats):
 def main():
     parser = argparse.ArgumentParser(description="Time the choices that NOTES.md speaks of.")
     parser.add_argument("pipeline", type=Path, help="Folder of an SD3 pipeline.")
-    parser.add_argument("--batch_size", type=int, default=4)
-    parser.add_argument("--repeats", type=int, default=20)
+    parser.add_argument("--batch_size", type=script.number(int, 1), default=4)
+    parser.add_argument("--repeats", type=script.number(int, 1), default=20)
     args = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     load = {"subfolder": "transformer", "use_safetensors": True, "dtype": torch.float32}
-    transformer = SD3Transformer2DModel.from_pretrained(args.pipeline, **load).to(device).train()
+    with script.failing_with(f"{args.pipeline} cannot be loaded"):
+        transformer = SD3Transformer2DModel.from_pretrained(args.pipeline, **load).to(device).train()
     config, n = transformer.config, args.batch_size
     inputs = {
         "hidden_states": torch.randn(n, config.in_channels, config.sample_size, config.sample_size, device=device),

@@ -25,7 +25,7 @@ from pathlib import Path
 
 import psutil
 import torch
-from benchmark_step import GIB, METHODS, Configuration
+from benchmark_step import GIB, METHODS, Configuration, script
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tqdm.auto import tqdm
@@ -124,7 +124,7 @@ def main():
     parser.add_argument("data", type=Path, help="Folder of images with captions.")
     parser.add_argument("--output", type=Path, required=True, help="JSON file; what is in it is not run again.")
     parser.add_argument("--work", type=Path, default=Path("outputs/rehearsed"), help="Folder for the runs.")
-    parser.add_argument("--resolutions", type=int, nargs="+", default=[256, 512])
+    parser.add_argument("--resolutions", type=script.number(int, 16), nargs="+", default=[256, 512])
     args = parser.parse_args()
     for folder in (args.pipeline / "transformer", args.data):
         if not folder.is_dir():
@@ -132,16 +132,18 @@ def main():
     os.environ |= {"HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "true"}
     machine = {"device": f"{platform.machine()}, {os.cpu_count()} cores", "torch": version("torch")}
     document = {"rehearsed": args.pipeline.name, "machine": machine, "results": []}
-    if args.output.exists():
-        document = json.loads(args.output.read_text())
-    done = [(result["configuration"], result["resolution"]) for result in document["results"]]
+    for flag, folder in (("--work", args.work), ("--output", args.output.parent)):
+        with script.failing_with(flag):
+            folder.mkdir(parents=True, exist_ok=True)
+    with script.failing_with(f"--output {args.output} holds something else than results of this script"):
+        if args.output.exists():
+            document = json.loads(args.output.read_text())
+        done = [(result["configuration"], result["resolution"]) for result in document["results"]]
     configurations = [f"{LORA} --mixed_precision bf16", FULL]
     if "bf16" not in Path("/proc/cpuinfo").read_text():
         configurations = [f"{LORA} --mixed_precision no"]
         print(f"Left out, as this CPU does not compute in bf16: {FULL}")
     planned = [(text, resolution) for text in configurations for resolution in args.resolutions]
-    args.work.mkdir(parents=True, exist_ok=True)
-    args.output.parent.mkdir(parents=True, exist_ok=True)
     for text, resolution in tqdm([plan for plan in planned if plan not in done], "Rehearsing", unit="run"):
         result = rehearse(text, args.pipeline.resolve(), args.data.resolve(), resolution, args.work.resolve())
         if isinstance(result, str):

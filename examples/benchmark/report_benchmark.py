@@ -143,7 +143,12 @@ def main():
     parser.add_argument("results", type=Path, help="Folder of JSON files.")
     parser.add_argument("--no_picture", action="store_true")
     args = parser.parse_args()
-    documents = {path.stem: json.loads(path.read_text()) for path in sorted(args.results.glob("*.json"))}
+    documents = {}
+    for path in sorted(args.results.glob("*.json")):
+        try:
+            documents[path.stem] = json.loads(path.read_text())
+        except ValueError as error:
+            parser.error(f"{path} is no JSON: {error}")
     runs = [document for document in documents.values() if "run" in document]
     steps = {name: document for name, document in documents.items() if "pipeline" in document}  # not startup.json
     if not (runs or steps):

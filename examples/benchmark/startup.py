@@ -257,22 +257,29 @@ def main():
     parser.add_argument(
         "--kinds", nargs="+", choices=["folder", "jsonl", "datasets"], default=["folder", "jsonl", "datasets"]
     )
-    parser.add_argument("--side", type=int, default=64, help="Of a picture, in pixels.")
-    parser.add_argument("--workers", type=int, default=0, help="Processes that load data in the runs.")
-    parser.add_argument("--batches", type=int, default=60, help="Of four, for the loader's speed.")
+    parser.add_argument("--side", type=script.number(int, 16), default=64, help="Of a picture, in pixels.")
+    parser.add_argument(
+        "--workers", type=script.number(int, 0), default=0, help="Processes that load data in the runs."
+    )
+    parser.add_argument("--batches", type=script.number(int, 1), default=60, help="Of four, for the loader's speed.")
     parser.add_argument("--folder", type=Path, default=ROOT / "outputs" / "startup", help="For the pictures.")
     args = parser.parse_args()
     if args.report:
-        print(report(json.loads(args.report.read_text())))
+        with script.failing_with(f"--report {args.report} is no file of this script"):
+            print(report(json.loads(args.report.read_text())))
         return
     if not args.pipeline or not args.output or not (args.pipeline / "model_index.json").is_file():
         parser.error("give the folder of a pipeline, which make_tiny_sd3.py makes, and --output")
     if len(set(args.sizes)) < 2 or min(args.sizes) < BATCH:
         parser.error(f"--sizes {args.sizes}: give two or more, of at least {BATCH}")
-    args.output.parent.mkdir(parents=True, exist_ok=True)
+    for flag, folder in (("--folder", args.folder), ("--output", args.output.parent)):
+        with script.failing_with(flag):
+            folder.mkdir(parents=True, exist_ok=True)
     measured = {"cores": os.cpu_count(), "side": args.side, "results": []}
-    if args.output.exists():  # what is there is not run again
-        measured = json.loads(args.output.read_text())
+    with script.failing_with(f"--output {args.output} holds something else than results of this script"):
+        if args.output.exists():  # what is there is not run again
+            measured = json.loads(args.output.read_text())
+        done = {(result["kind"], result["images"]) for result in measured["results"]}
 
     def save_measured():
         args.output.write_text(json.dumps(measured, indent=1) + "\n")
@@ -285,7 +292,6 @@ def main():
         folders = [args.folder / f"index_{number}" for number in numbers]
         measured["worker_mib"] = [*zip(numbers, map(worker_memory, folders, numbers), strict=True)]
         save_measured()
-    done = {(result["kind"], result["images"]) for result in measured["results"]}
     for kind in args.kinds:
         for number in tqdm(sorted({*args.sizes} - {images for name, images in done if name == kind}), desc=kind):
             measured["results"].append(measure(args, kind, number))

@@ -21,7 +21,6 @@ import argparse
 import base64
 import io
 import json
-import math
 import os
 import tempfile
 from collections import Counter, defaultdict
@@ -31,7 +30,7 @@ from urllib.parse import quote
 
 import numpy as np
 from PIL import Image
-from runs import DRAWS, SEED, data_utils, read_rows, script, summarise
+from runs import DRAWS, SEED, data_utils, is_number, read_rows, script, summarise
 from tqdm.auto import tqdm
 
 
@@ -87,18 +86,21 @@ def read_scored(folder):
         if not isinstance(pair[1], int):
             script.fail(f'{folder}/metadata.jsonl: {row["file_name"]} has an "image_index" that is no number')
         tag = row["tag"] if isinstance(row.get("tag"), str) else None
-        image = {"file": row["file_name"], "tag": tag, "seed": row.get("seed"), "scores": {}, "notes": []}
+        seed = row["seed"] if is_number(row.get("seed")) else None
+        image = {"file": row["file_name"], "tag": tag, "seed": seed, "scores": {}, "notes": []}
         images[*pair, seen[pair]] = files[row["file_name"]] = image
         seen[pair] += 1
     for path in sorted((folder / "scores").glob("*.jsonl")):
         for image in images.values():
             image["scores"][path.stem] = None
+        if not path.is_file():
+            script.fail(f"{path} is no file of scores")
         for _, row in data_utils.read_json_lines(path):
             name, score = row.get("file_name"), row.get("score")
             if not isinstance(name, str) or name not in files or not isinstance(score, int | float | None):
                 script.fail(f"{path}: {name} is not in metadata.jsonl, or its score is no number; score it again")
             image = files[name]
-            image["scores"][path.stem] = score if score is not None and math.isfinite(score) else None
+            image["scores"][path.stem] = score if is_number(score) else None
             for key, value in row.items():
                 if key not in ("file_name", "digest", "score") and value not in (None, "", [], {}):
                     image["notes"].append(f"{LABELS.get(path.stem, path.stem)} {key}: {str(value)[:300]}")
@@ -145,7 +147,8 @@ def read_settings(folders):
     settings = {}
     for name, file in ((name, folder / "generation.json") for name, folder in folders.items()):
         with script.failing_with(f"{file} is not a JSON object"):
-            settings[name] = dict(json.loads(file.read_text("utf-8"))) if file.is_file() else {}
+            text = file.read_text("utf-8") if file.is_file() else "{}"
+            settings[name] = dict(json.loads(text, parse_constant=str))  # `NaN` is no JSON: shown as text
     keys = dict.fromkeys(key for found in settings.values() for key in found)
     rows = {key: {name: found.get(key) for name, found in settings.items()} for key in keys}
     return {key: row for key, row in rows.items() if len({json.dumps(value) for value in row.values()}) > 1}

@@ -22,8 +22,9 @@ def add_data_arguments(parser):
     """The flags of the training scripts that name a data set."""
     data = parser.add_argument_group("data set (as in the training scripts)")
     add = data.add_argument
-    add("--dataset_name", help="Hub id or folder for `datasets.load_dataset`, split `train`.")
+    add("--dataset_name", help="Hub id or folder for `datasets.load_dataset`, or a folder of `save_to_disk`.")
     add("--dataset_config_name", help="Configuration of --dataset_name.")
+    add("--dataset_split", default="train", help="Split of --dataset_name.")
     add("--train_data_dir", help="Folder of images, with NAME.txt beside each, or `metadata.jsonl` or `metadata.csv`.")
     add("--jsonl_path", help='Lines {"md5": ..., "caption_en": ..., "bw": 512, "bh": 512}; images `{md5}.jpg`.')
     add("--image_dir", help="Folder of the images of --jsonl_path.")
@@ -72,7 +73,8 @@ def name_of(args, index, image):
     folder = args.train_data_dir or args.image_dir
     path = (image or {}).get("path")
     if folder and path:
-        return Path(path).resolve().relative_to(Path(folder).resolve()).as_posix()
+        path = Path(path)  # it may be a link that leads elsewhere
+        return (path.parent.resolve() / path.name).relative_to(Path(folder).resolve()).as_posix()
     return f"{index:06d}"
 
 

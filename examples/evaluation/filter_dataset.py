@@ -70,6 +70,8 @@ def main(input_args=None):
 
     PartialState()  # for the log
     rows = list(map(identify, read_data(args)))
+    if not rows:
+        script.fail("the data set has no images")
     make_folder(folder)
     if missing := unscored(args.metric, rows, folder):
         try:

@@ -34,7 +34,7 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 from runs import NESTED, data_utils, script, write_whole
 from tqdm.auto import tqdm
-from trained import LORA_FILE, load_trained
+from trained import LORA_FILE, draw_images, largest_side, load_trained
 
 
 OWN_FILES = ("images", "generation.json")  # what a call leaves that drew nothing
@@ -207,7 +207,12 @@ def load_pipeline(args, device):
         script.fail(f"--max_sequence_length: {kind.__name__} has no such thing")
     trained = {"--transformer": args.transformer, "--start_lora": args.start_lora, "--lora": args.lora}
     given = [f"{flag} {path}" for flag, path in trained.items() if path]
-    with script.failing_with(f"{' '.join(given)} on --pretrained_model_name_or_path {source}".removeprefix(" on ")):
+    sources = f"{' '.join(given)} on --pretrained_model_name_or_path {source}".removeprefix(" on ")
+    with script.failing_with(sources):
+        most = largest_side(source, args.transformer, args.revision)
+    if args.resolution and args.resolution > most:
+        script.fail(f"--resolution {args.resolution}: {source} draws at most {most} pixels a side")
+    with script.failing_with(sources):
         pipeline = load_trained(
             source,
             args.transformer,
@@ -232,13 +237,15 @@ def draw(args, pipeline, rows):
     """The images of `rows`, each from its own noise, drawn on the CPU so that every device begins with the same."""
     options = {"height": args.resolution, "width": args.resolution, "max_sequence_length": args.max_sequence_length}
     options = {name: value for name, value in options.items() if value is not None}
-    return pipeline(
-        [row["text"] for row in rows],
-        num_inference_steps=args.num_inference_steps,
-        guidance_scale=args.guidance_scale,
-        generator=[torch.Generator("cpu").manual_seed(row["seed"]) for row in rows],
-        **options,
-    ).images
+    with script.failing_with(f"{rows[0]['file_name']} to {rows[-1]['file_name']} cannot be drawn"):
+        return draw_images(
+            pipeline,
+            [row["text"] for row in rows],
+            num_inference_steps=args.num_inference_steps,
+            guidance_scale=args.guidance_scale,
+            generator=[torch.Generator("cpu").manual_seed(row["seed"]) for row in rows],
+            **options,
+        )
 
 
 def main(input_args=None):

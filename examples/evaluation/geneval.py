@@ -282,7 +282,10 @@ class ColorClassifier:
         crops = [crop_object(image, box, mask) for box, _, mask in objects]
         pixels = self.processor(images=crops, return_tensors="pt").to(self.model.device)
         features = self.model.get_image_features(**pixels).pooler_output
-        return [COLORS[index] for index in (features @ self.texts[name].T).argmax(dim=1).tolist()]
+        similarities = features @ self.texts[name].T
+        if not similarities.isfinite().all():
+            raise ValueError("the colour classifier predicts numbers that are not finite")
+        return [COLORS[index] for index in similarities.argmax(dim=1).tolist()]
 
 
 # The detector.
@@ -306,7 +309,12 @@ def find_instances(class_logits, mask_logits, padded_size, resized_size, size):
     Returns:
         `list[tuple[int, list[int], float, np.ndarray]]`: class, box, confidence, and mask of shape `size`, bool, of
         each whose confidence is above 0.3, the least that any task asks for.
+
+    Raises:
+        `ValueError`: If a number is not finite: this is no image without objects.
     """
+    if not (class_logits.isfinite().all() and mask_logits.isfinite().all()):
+        raise ValueError("the detector predicts numbers that are not finite")
     probabilities = class_logits.softmax(dim=-1)[:, :-1]
     top, pairs = probabilities.flatten().topk(min(MAX_DETECTIONS, probabilities.numel()))
     found = []
@@ -399,7 +407,7 @@ class GenEval:
             `[x0, y0, x1, y1]`.
 
         Raises:
-            `ValueError`: See [`check_record`].
+            `ValueError`: See [`check_record`]; or if a model's numbers are not finite.
         """
         self.check(records)
         rows = []

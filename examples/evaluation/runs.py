@@ -39,6 +39,11 @@ def read_rows(folder):
     return list(rows.values())
 
 
+def is_number(value):
+    """Whether a score is one, and sums of it are numbers, too."""
+    return isinstance(value, int | float) and abs(value) < 1e300
+
+
 def summarise(values, tags=None):
     """
     Mean and 95 % percentile bootstrap interval.

@@ -11,7 +11,8 @@ cannot be had, the others are still scored, and the exit code is 1. Scores are a
     scores/METRIC.jsonl   a row an image: file_name, score, and what the metric found
     scores.json           the means, with 95 % bootstrap intervals over the prompts
 
-in the folder itself (a data set's go to --output_dir), and an image that has its score is not scored again.
+in the folder itself (a data set's go to --output_dir), and an image that has its score is not scored again. One that
+cannot be read, or whose score is no finite number, is named and counted, and the exit code is 1.
 """
 
 import argparse
@@ -37,16 +38,18 @@ def summarise_metric(metric, rows, scores):
         scores (`dict[str, dict]`): Of [`read_scores`].
 
     Returns:
-        `dict`: what [`runs.summarise`] returns.
+        `dict`: what [`runs.summarise`] returns, and "missing", the number of images that have no score.
     """
     keys = [(row["text" if "prompt_index" in row else "file_name"], row["digest"]) for row in rows]
+    missing = sum(row["digest"] not in scores for row in rows)
     rows = {key: row for key, row in zip(keys, rows, strict=True) if row["digest"] in scores}
     tags = {key: row["tag"] for key, row in rows.items()} if metric == "geneval" else None
 
     def mean_of(field):
         return summarise({key: scores[row["digest"]][field] for key, row in rows.items()}, tags)
 
-    return mean_of("score") | ({"strict": mean_of("strict")} if metric == "geneval" else {})
+    summary = mean_of("score") | {"missing": missing}
+    return summary | ({"strict": mean_of("strict")} if metric == "geneval" else {})
 
 
 def write_summaries(folder, rows):
@@ -62,10 +65,11 @@ def write_summaries(folder, rows):
 
 
 def format_summary(metric, summary):
-    """A line on a metric: mean, interval, number of images."""
+    """A line on a metric: mean, interval, number of images with a score, and without."""
     ends = [f"{end:.4f}" for end in (summary["low"], summary["high"]) if end is not None]
     strict = f", {summary['strict']['mean']:.4f} by the strict reading" if "strict" in summary else ""
-    return f"{metric} {summary['mean']:.4f} [{', '.join(ends) or 'of one, none'}]{strict}, {summary['images']} images"
+    counted = f"{summary['images']} images" + (f", {summary['missing']} without a score" if summary["missing"] else "")
+    return f"{metric} {summary['mean']:.4f} [{', '.join(ends) or 'of one, none'}]{strict}, {counted}"
 
 
 def main(input_args=None):

@@ -12,7 +12,7 @@ from pathlib import Path
 import huggingface_hub
 import torch
 from data_sets import file_of
-from runs import NESTED, data_utils, read_rows, script, write_whole
+from runs import NESTED, data_utils, is_number, read_rows, script, write_whole
 from tqdm.auto import tqdm
 
 
@@ -91,23 +91,30 @@ def load_scorer(metric, device, rows):
 
 
 def read_scores(path):
-    """The rows of a scores file, by digest; none of one that ends within a line: another process is at work on it."""
+    """
+    The rows of a scores file that have a number for a score, by digest; none of a file that ends within a line:
+    another process is at work on it.
+    """
     if not path.exists() or not path.read_bytes().endswith(b"\n"):
         return {}
-    return {row.get("digest"): row for _, row in data_utils.read_json_lines(path)}
+    rows = [row for _, row in data_utils.read_json_lines(path) if is_number(row.get("score"))]
+    return {row["digest"]: row for row in rows if isinstance(row.get("digest"), str)}
 
 
 def unscored(metric, rows, folder):
     """
     The rows whose images have no score of a metric in a folder yet. From its file go a last line that an interruption
-    cut off, and scores of what a file once was.
+    cut off, scores that are no numbers, and scores of what a file once was.
     """
-    path = folder / "scores" / f"{metric}.jsonl"
-    if path.exists() and not (data := path.read_bytes()).endswith(b"\n"):
-        os.truncate(path, data.rfind(b"\n") + 1)
+    path, data = folder / "scores" / f"{metric}.jsonl", b""
+    if path.exists():
+        with script.failing_with(f"{path} cannot hold scores"), open(path, "r+b") as file:
+            data = file.read()
+            if not data.endswith(b"\n"):
+                file.truncate(data.rfind(b"\n") + 1)
     done, current, names = read_scores(path), {row["digest"] for row in rows}, {row["file_name"] for row in rows}
     kept = [row for digest, row in done.items() if digest in current or row.get("file_name") not in names]
-    if len(kept) < len(done):
+    if len(kept) < data.count(b"\n"):
         write_whole(path, lambda p: p.write_text("".join(map(to_line, kept)), encoding="utf-8"))
     return [row for row in rows if row["digest"] not in done]
 
@@ -145,7 +152,8 @@ def score(scorer, metric, rows, folder, batch_size):
         batch_size (`int`): Images at once.
 
     Returns:
-        `list[str]`: what is wrong with the images that could not be read. They have no score.
+        `list[str]`: what is wrong with the images that could not be read, or whose score is no number. They have no
+        score.
     """
     path = folder / "scores" / f"{metric}.jsonl"
     broken = []
@@ -159,6 +167,8 @@ def score(scorer, metric, rows, folder, batch_size):
                 except Exception as error:  # a broken file raises whatever its decoder raises; reported, not scored
                     broken.append(f"{row['file_name']}: {type(error).__name__}: {error}")
             for row, result in score_batch(scorer, images, batch):
+                if "error" not in result and not is_number(result["score"]):
+                    result = {"error": f"its score is {result['score']}"}
                 if "error" in result:
                     broken.append(f"{row['file_name']}: {result['error']}")
                 else:

@@ -29,8 +29,10 @@ from safetensors.torch import load_file
 from tqdm.auto import tqdm
 
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from trained import find_trained, load_trained  # noqa: E402
+sys.path[:0] = [str(Path(__file__).resolve().parents[i]) for i in (1, 2)]
+from trained import draw_images, find_trained, load_trained  # noqa: E402
+
+import train_sd3_soar as script  # noqa: E402
 
 
 BATCH = 100
@@ -71,15 +73,17 @@ def sample(pipeline, records, embeds, guidance, steps):
         part = records[start : start + BATCH]
         inputs = [torch.stack(tensors) for tensors in zip(*(embeds[r["prompt"]] for r in part), strict=True)]
         null = [tensor.expand(len(part), *tensor.shape) for tensor in embeds[""]]
-        images += pipeline(
-            prompt_embeds=inputs[0],
-            pooled_prompt_embeds=inputs[1],
-            negative_prompt_embeds=null[0],
-            negative_pooled_prompt_embeds=null[1],
-            num_inference_steps=steps,
-            guidance_scale=guidance,
-            generator=[torch.Generator().manual_seed(r["seed"]) for r in part],
-        ).images
+        with script.failing_with(f"guidance {guidance:g} with {steps} steps cannot be drawn"):
+            images += draw_images(
+                pipeline,
+                prompt_embeds=inputs[0],
+                pooled_prompt_embeds=inputs[1],
+                negative_prompt_embeds=null[0],
+                negative_pooled_prompt_embeds=null[1],
+                num_inference_steps=steps,
+                guidance_scale=guidance,
+                generator=[torch.Generator().manual_seed(r["seed"]) for r in part],
+            )
     return images
 
 
@@ -129,7 +133,7 @@ def measure(source, pipeline, prompts, records, truth, embeds, guidance, steps):
 
 def setting(text):
     guidance, steps = text.split(",")
-    return float(guidance), int(steps)
+    return script.number()(guidance), script.number(int, 1)(steps)
 
 
 def main():
@@ -145,15 +149,19 @@ def main():
     parser.add_argument("--quick", action="store_true", help="Fewer pictures in all but the main setting.")
     args = parser.parse_args()
     source = words if args.words else world
-    pipeline = load_pipeline(args.base, args.run, args.start)
-    result = {"test": {}, "validation": {}}
+    with script.failing_with(f"--output {args.output}"):
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+    with script.failing_with(f"--base {args.base}, with --start and --run {args.run}"):
+        pipeline = load_pipeline(args.base, args.run, args.start)
+    result, shown = {"test": {}, "validation": {}}, []
     parts = {"test": SETTINGS, "validation": GUIDANCES}
     if args.settings:
         parts = {"test": dict.fromkeys(args.settings, SETTINGS[MAIN]), "validation": dict.fromkeys(args.settings, 20)}
     if args.checkpoint:
         parts = {"test": dict.fromkeys(args.settings or [MAIN], CHECKPOINT_PROMPTS)}
     for part, settings in parts.items():
-        prompts, records = source.read_prompts(args.world / f"{part}.jsonl")
+        with script.failing_with(f"--world {args.world} has no {part}.jsonl of {source.__name__}.py"):
+            prompts, records = source.read_prompts(args.world / f"{part}.jsonl")
         embeds = encode(pipeline, sorted({"", *(record["prompt"] for record in records)}))
         rng = random.Random(f"truth {part}")
         truth = [source.draw_truth(prompt, rng) for prompt in prompts]
@@ -169,8 +177,7 @@ def main():
             if (part, guidance, steps) == ("test", *MAIN):
                 each = min(12 // len(source.TASKS), count)
                 shown = [images[task * count + i] for task in range(len(source.TASKS)) for i in range(each)]
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    if not args.checkpoint:
+    if shown and not args.checkpoint:
         make_image_grid(shown, rows=1, cols=len(shown)).save(args.output.with_suffix(".png"))
     partial = args.output.with_suffix(".partial")
     partial.write_text(json.dumps(result, indent=1) + "\n")

@@ -250,13 +250,21 @@ def main():
     parser.add_argument("--base_steps", type=int, help=f"Default: {BASE_STEPS}; quick: {QUICK_BASE_STEPS}.")
     args = parser.parse_args()
     quick = args.size == "quick"
-    args.base_steps = args.base_steps or (QUICK_BASE_STEPS if quick else BASE_STEPS)
+    if args.base_steps is None:
+        args.base_steps = QUICK_BASE_STEPS if quick else BASE_STEPS
+    if min(args.workers, args.steps, args.base_steps) < 1:
+        parser.error("--workers, --steps and --base_steps must be at least 1")
     given = [path and path.resolve() for path in (args.out, args.results)]
     os.chdir(ROOT)
     suffix = f"_{args.size}" if args.size in ("quick", "large") else ""
     out = given[0] or Path("outputs", f"miniature{suffix}")
     own = {"quick": out / "results", "schedule": HERE / "results" / "schedule"}
     results = given[1] or own.get(args.size, HERE / f"results{suffix}")
+    try:
+        for folder in (out, results):
+            folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.error(str(error))
     planned = plan(args.size)
     runs = [run for run in planned if any(missing(results, name) for name in run.scores(args.steps, args.size))]
     bases = dict.fromkeys(run.base for run in planned if run in runs or missing(results, f"base{run.base}"))

@@ -69,6 +69,17 @@ PAIRS = [
 ]
 
 
+def read_json(path, field):
+    """What is in a file of scores, which have this field; one line where it is another."""
+    try:
+        found = json.loads(path.read_text())
+    except ValueError:
+        found = None
+    if not isinstance(found, dict) or field not in found:
+        raise SystemExit(f"error: {path} is no file of scores: remove it, or run examples/miniature/run.sh again")
+    return found
+
+
 def read(folder, world):
     """The scores of a world's runs: `dict[arm, dict[(dropout, base, seed), dict[step, dict]]]`, and of its bases."""
     names = {
@@ -84,9 +95,9 @@ def read(folder, world):
         stem, _, step = path.stem.partition("-step")
         if stem in names:
             arm, *key = names[stem]
-            runs[arm].setdefault(tuple(key), {})[int(step or STEPS)] = json.loads(path.read_text())
+            runs[arm].setdefault(tuple(key), {})[int(step or STEPS)] = read_json(path, "test")
         elif (match := re.fullmatch(r"base(\d+|words)", stem)) and world_of(match[1]) == world:
-            bases[match[1]] = json.loads(path.read_text())
+            bases[match[1]] = read_json(path, "test")
     return runs, bases
 
 
@@ -119,7 +130,9 @@ def table(header, rows):
 
 
 def spread(values, form=".3f"):
-    """Mean and standard deviation over runs."""
+    """Mean and standard deviation over runs; `None` is what a run has no number for."""
+    if None in values:
+        return "undefined"
     text = format(np.mean(values), form)
     return text if len(values) == 1 else f"{text} ± {np.std(values, ddof=1):{form.strip('+')}}"
 
@@ -256,7 +269,7 @@ def dropout_table(runs):
 
 def read_gaps(folder, dropout):
     """What `measure_exposure_bias.py` wrote for the groups of main arms: a `dict` a base and seed."""
-    return [json.loads(path.read_text()) for path in sorted(folder.glob(f"gap-dropout{dropout:g}-*.json"))]
+    return [read_json(path, "summary") for path in sorted(folder.glob(f"gap-dropout{dropout:g}-*.json"))]
 
 
 def gap_table(gaps):
@@ -283,7 +296,7 @@ def draw_gap(gaps, path):
             slug = arm if arm == "base" else Run(arm, 0, 0, 0).slug
             records = [[r for r in gap["levels"] if (r["model"], r["num_own_steps"]) == (slug, k)] for gap in gaps]
             curves = [[(r["sigma"], r["ratio"], r["own"]) for r in levels] for levels in records]
-            sigma, ratio, own = np.mean(curves, axis=0).T
+            sigma, ratio, own = np.mean(np.array(curves, dtype=float), axis=0).T  # `None` becomes nan: not drawn
             style = {"color": "grey", "ls": ":"} if arm == "base" else {}
             column[0].plot(sigma, ratio, marker="o", ms=4, label=arm, **style)
             column[1].plot(sigma, own, marker="o", ms=4, **style)
@@ -373,6 +386,8 @@ def draw_samples(rows, path, title):
     from PIL import Image
 
     rows = {name: Image.open(file) for name, file in rows.items() if file.exists()}
+    if not rows:
+        return
     figure, axes = plt.subplots(len(rows), 1, figsize=(12, 1.02 * len(rows)), layout="constrained", squeeze=False)
     for (name, strip), (axis,) in zip(rows.items(), axes, strict=True):
         axis.imshow(strip, interpolation="nearest")

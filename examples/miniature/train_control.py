@@ -21,7 +21,8 @@ import torch
 from diffusers import training_utils
 
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
 import soar_utils  # noqa: E402
 
 
@@ -62,7 +63,7 @@ CONTROLS = {"true_state": true_state, "sigma_mixture": sigma_mixture}
 
 
 def main():
-    if len(sys.argv) < 3 or sys.argv[1] not in CONTROLS:
+    if len(sys.argv) < 3 or sys.argv[1] not in CONTROLS or not (ROOT / f"{Path(sys.argv[2]).stem}.py").is_file():
         sys.exit(f"usage: train_control.py {{{','.join(CONTROLS)}}} SCRIPT FLAGS...")
     CONTROLS[sys.argv[1]]()
     script = importlib.import_module(Path(sys.argv[2]).stem)

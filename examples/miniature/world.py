@@ -391,10 +391,16 @@ def main(make=make_scene, write_prompts=write_prompts):
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     make = functools.partial(make, size=args.size)
+    if min(args.noisy, args.curated, args.unseen) < 0 or args.size < 1:
+        parser.error("--noisy, --curated and --unseen must be at least 0, --size at least 1")
     if args.output_dir.exists():
         parser.error(f"{args.output_dir} exists: choose another folder, or remove it")
     partial = args.output_dir.with_name(args.output_dir.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir(parents=True)
+    except OSError as error:
+        parser.error(str(error))
     write_pictures(partial / "noisy", args.noisy, make, random.Random(f"{args.seed} True"), noisy=True)
     write_pictures(partial / "curated", args.curated, make, random.Random(f"{args.seed} False"), noisy=False)
     unseen = functools.partial(make, part="test")

@@ -22,9 +22,10 @@ from runs import script  # noqa: E402
 
 def read_held_out(path):
     """The prompts of a test set, in lower case: `set[str]`."""
-    lines = Path(path).read_text("utf-8").splitlines()
-    prompts = (json.loads(line)["prompt"] if path.endswith(".jsonl") else line for line in lines if line.strip())
-    return {prompt.strip().lower() for prompt in prompts}
+    with script.failing_with(f"--held_out {path} holds no prompts"):
+        lines = Path(path).read_text("utf-8").splitlines()
+        prompts = (json.loads(line)["prompt"] if path.endswith(".jsonl") else line for line in lines if line.strip())
+        return {prompt.strip().lower() for prompt in prompts}
 
 
 def write_prompts(args):
@@ -34,8 +35,9 @@ def write_prompts(args):
     captions = [caption for caption in dict.fromkeys(captions) if caption and caption.lower() not in held_out]
     if not captions:
         script.fail("no caption is left that is in none of the test sets")
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.write_text("".join(f"{caption}\n" for caption in captions), "utf-8")
+    with script.failing_with("--output"):
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+        args.output.write_text("".join(f"{caption}\n" for caption in captions), "utf-8")
 
 
 def write_tiny(folder):
@@ -62,7 +64,8 @@ def main():
     tiny.add_argument("folder", type=Path)
     args = parser.parse_args()
     if args.command == "tiny":
-        write_tiny(args.folder)
+        with script.failing_with(f"{args.folder} cannot be written"):
+            write_tiny(args.folder)
     elif not check_data_arguments(prompts, args):
         prompts.error("give a data set: --dataset_name, --train_data_dir, or --jsonl_path with --image_dir")
     else:

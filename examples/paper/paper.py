@@ -17,6 +17,7 @@ import dataclasses
 import json
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -453,12 +454,25 @@ def main(input_args=None):
     args = parser.parse_args(input_args)
     if args.size != "tiny" and not args.data and not args.plan:
         parser.error('--data is missing: for example --data "--train_data_dir my_images"')
+    if args.gpus < 1:
+        parser.error("--gpus must be at least 1")
+    for flag, words in (("--data", args.data), ("--launcher", args.launcher)):
+        try:
+            words = shlex.split(words or "")
+        except ValueError as error:
+            parser.error(f"{flag}: {error}")
+    if words and not shutil.which(words[0]):
+        parser.error(f"--launcher: there is no program {words[0]}")
     out = os.path.abspath(args.out) if args.out else f"outputs/paper_{args.size}"
     os.chdir(ROOT)
     stages = plan(args.size, out, args.data or "--train_data_dir my_images", args.gpus, args.baselines)
     if args.plan:
         show_plan(stages, out)
         return 0
+    try:
+        os.makedirs(f"{out}/.done", exist_ok=True)
+    except OSError as error:
+        parser.error(f"--out: {error}")
     return run(stages, out, args.launcher)
 
 

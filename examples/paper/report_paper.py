@@ -57,10 +57,8 @@ def curves(out, reward):
     found = defaultdict(list)
     for path in out.glob(f"images/curves/{reward}/*/scores.json"):
         arm, step = path.parent.name.rsplit("-", 1)
-        scores = [json.loads(line)["score"] for line in open(path.with_name("scores") / f"{reward}.jsonl")]
-        scores = [score for score in scores if score is not None]
-        if scores:
-            found[arm].append((int(step), sum(scores) / len(scores)))
+        if summary := read_json(path).get(reward):
+            found[arm].append((int(step), summary["mean"]))
     return {arm: sorted(points) for arm, points in found.items()}
 
 
@@ -94,7 +92,8 @@ def cell(summary, form):
     if summary is None:
         return "-"
     ends = [format(end, form) for end in (summary["low"], summary["high"]) if end is not None]
-    return f"{summary['mean']:{form}}<br><small>[{', '.join(ends)}]</small>"
+    missing = f", {summary['missing']} images missing" if summary.get("missing") else ""
+    return f"{summary['mean']:{form}}<br><small>[{', '.join(ends)}]{missing}</small>"
 
 
 def make_report(size, out):
@@ -150,9 +149,11 @@ def make_report(size, out):
 
 def main():
     parser = argparse.ArgumentParser(description="The report of an experiment.")
-    parser.add_argument("size")
+    parser.add_argument("size", choices=["tiny", "one", "full"])
     parser.add_argument("out", type=Path)
     args = parser.parse_args()
+    if not args.out.is_dir():
+        parser.error(f"{args.out}: no such folder")
     out = args.out.resolve()
     os.chdir(ROOT)
     path = out / "report.html"

@@ -60,12 +60,19 @@ def main():
         parser.error(f"{args.checkout} has {len(found)} files examples/*/{args.script}.py")
     if args.output.exists():
         parser.error(f"{args.output} exists")
-    text = apply(read_port(HERE / f"{args.script}.port"), found[0].read_text())
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.write_text(text)
-    utils = args.output.parent / "soar_utils.py"
-    if not utils.exists():
-        shutil.copy(HERE.parents[1] / "soar_utils.py", utils)
+    try:
+        source = found[0].read_text("utf-8")
+    except ValueError as error:
+        parser.error(f"{found[0]} is no script: {error}")
+    text = apply(read_port(HERE / f"{args.script}.port"), source)
+    try:
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+        args.output.write_text(text)
+        utils = args.output.parent / "soar_utils.py"
+        if not utils.exists():
+            shutil.copy(HERE.parents[1] / "soar_utils.py", utils)
+    except OSError as error:
+        parser.error(str(error))
     print(f"{args.output}: {args.script}.py of diffusers {RELEASE} with SOAR; see --lambda_aux in its --help")
 
 

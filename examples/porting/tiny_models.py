@@ -135,8 +135,10 @@ def main():
     parser.add_argument("kind", choices=["flux", "z_image"])
     parser.add_argument("output_dir", type=Path, help="Folder to write the pipeline to.")
     args = parser.parse_args()
-    if args.output_dir.exists():
-        parser.error(f"{args.output_dir} exists")
+    try:
+        args.output_dir.mkdir(parents=True)
+    except OSError as error:
+        parser.error(str(error))
     torch.manual_seed(0)
     {"flux": make_flux, "z_image": make_z_image}[args.kind]().save_pretrained(args.output_dir)
 

@@ -19,17 +19,21 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import torch
+from matplotlib.backend_bases import FigureCanvasBase
 
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from trained import find_trained, load_trained  # noqa: E402
+sys.path[:0] = [str(Path(__file__).resolve().parents[i]) for i in (1, 2)]
+from trained import draw_images, find_trained, largest_side, load_trained  # noqa: E402
+
+import train_sd3_soar as script  # noqa: E402
 
 
 def sample(pipeline, args):
     """One image (`PIL.Image`) for each of `args.prompts`; image i starts from the noise of seed `args.seed + i`."""
     images = []
     for i, prompt in enumerate(args.prompts):
-        images += pipeline(
+        images += draw_images(
+            pipeline,
             prompt,
             height=args.resolution,
             width=args.resolution,
@@ -37,7 +41,7 @@ def sample(pipeline, args):
             guidance_scale=args.guidance_scale,
             max_sequence_length=args.max_sequence_length,
             generator=torch.Generator("cpu").manual_seed(args.seed + i),
-        ).images
+        )
     return images
 
 
@@ -68,26 +72,39 @@ def main():
     parser.add_argument("--models", nargs="+", required=True, metavar="NAME=FOLDER")
     parser.add_argument("--prompts", nargs="+", required=True)
     parser.add_argument("--output", type=Path, default=Path("samples.png"))
-    parser.add_argument("--resolution", type=int, help="Width and height in pixels. Default: the model's own.")
-    parser.add_argument("--num_inference_steps", type=int, default=40)
-    parser.add_argument("--guidance_scale", type=float, default=4.5)
-    parser.add_argument("--max_sequence_length", type=int, default=256)
-    parser.add_argument("--seed", type=int, default=0)
+    side = script.number(int, 16)
+    parser.add_argument("--resolution", type=side, help="Width and height in pixels. Default: the model's own.")
+    parser.add_argument("--num_inference_steps", type=script.number(int, 1), default=40)
+    parser.add_argument("--guidance_scale", type=script.number(), default=4.5)
+    parser.add_argument("--max_sequence_length", type=script.number(int, 1, 512), default=256)
+    parser.add_argument("--seed", type=script.number(int, 0, 2**62), default=0)
     args = parser.parse_args()
     models = {}
     for item in args.models:
         name, _, folder = item.partition("=")
+        if name in models:
+            parser.exit(2, f"error: {item}: every name once\n")
         try:
             models[name] = {"transformer": args.transformer} | find_trained(Path(folder).resolve(strict=True))
         except (OSError, ValueError) as error:
             parser.exit(2, f"error: {item}: want NAME=FOLDER: {error}\n")
+    if args.output.suffix[1:] not in FigureCanvasBase.get_supported_filetypes():
+        parser.error(f"--output {args.output}: give an ending that pictures have")
+    with script.failing_with(f"--output {args.output}"):
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+    with script.failing_with(f"--pretrained_model_name_or_path {args.pretrained_model_name_or_path}"):
+        most = largest_side(args.pretrained_model_name_or_path)
+    if args.resolution and (args.resolution > most or args.resolution % 16):
+        parser.error(f"--resolution {args.resolution}: must be divisible by 16, and at most {most} for this model")
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     rows = {}
     for name, model in models.items():
         print(f"sampling from {name}")
-        rows[name] = sample(load_trained(args.pretrained_model_name_or_path, **model, dtype=dtype).to(device), args)
+        with script.failing_with(f"{name}, with --pretrained_model_name_or_path {args.pretrained_model_name_or_path}"):
+            pipeline = load_trained(args.pretrained_model_name_or_path, **model, dtype=dtype).to(device)
+            rows[name] = sample(pipeline, args)
     draw_sheet(rows, args.prompts, args.output)
     print(f"wrote {args.output}")
 

@@ -48,6 +48,8 @@ def main():
     parser.add_argument("--output", type=Path, default=Path("loss.png"))
     parser.add_argument("--smoothing", type=int, default=25, help="Steps that a point is averaged over.")
     args = parser.parse_args()
+    if args.smoothing < 1:
+        parser.error("--smoothing must be at least 1")
     runs = {}
     for item in args.runs:
         name, _, folder = item.partition("=")
@@ -68,8 +70,12 @@ def main():
     figure.tight_layout()
     # Written beside and then renamed, so that the plot is never half a picture.
     partial = args.output.with_name("partial." + args.output.name)
-    figure.savefig(partial, dpi=130)
-    os.replace(partial, args.output)
+    try:
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(partial, dpi=130)
+        os.replace(partial, args.output)
+    except (OSError, ValueError) as error:  # the latter of an ending that no picture has
+        parser.error(f"--output {args.output}: {error}")
     print(f"wrote {args.output}")
 
 

@@ -10,7 +10,9 @@ measured, so that the scaled latents have zero mean and unit variance, as diffus
 """
 
 import argparse
+import math
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -22,13 +24,20 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+import train_sd3_soar as script  # noqa: E402
+
+
 KL_WEIGHT = 1e-5
 
 
 def load_images(folders, size):
     """All PNG files of `folders` as one `torch.Tensor` of shape `(N, 3, size, size)`, in [-1, 1]."""
     paths = sorted(path for folder in folders for path in folder.glob("*.png"))
-    images = [np.asarray(Image.open(path).convert("RGB").resize((size, size))) for path in tqdm(paths, desc="Reading")]
+    images = []
+    for path in tqdm(paths, desc="Reading"):
+        with script.failing_with(f"{path} cannot be read"), Image.open(path) as image:
+            images.append(np.asarray(image.convert("RGB").resize((size, size))))
     images = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float() / 127.5 - 1
     return images.contiguous(memory_format=torch.channels_last)
 
@@ -66,10 +75,10 @@ def main():
     parser = argparse.ArgumentParser(description="Train the VAE of a toy pipeline and save it in place.")
     parser.add_argument("pipeline_dir", type=Path, help="Pipeline folder, as make_tiny_sd3.py writes it.")
     parser.add_argument("image_dirs", type=Path, nargs="+", help="Folders of PNG files.")
-    parser.add_argument("--max_train_steps", type=int, default=1000)
-    parser.add_argument("--train_batch_size", type=int, default=8)
-    parser.add_argument("--learning_rate", type=float, default=3e-3)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--max_train_steps", type=script.number(int, 1), default=1000)
+    parser.add_argument("--train_batch_size", type=script.number(int, 1), default=8)
+    parser.add_argument("--learning_rate", type=script.number(float, 0), default=3e-3)
+    parser.add_argument("--seed", type=script.number(int, 0, 2**63), default=0)
     args = parser.parse_args()
     vae_dir = args.pipeline_dir / "vae"
     if not (vae_dir / "config.json").exists():
@@ -79,10 +88,13 @@ def main():
             parser.exit(2, f"error: no PNG files in {folder}\n")
 
     torch.manual_seed(args.seed)
-    vae = AutoencoderKL.from_pretrained(vae_dir).to(memory_format=torch.channels_last)
+    with script.failing_with(f"{vae_dir} cannot be read"):
+        vae = AutoencoderKL.from_pretrained(vae_dir).to(memory_format=torch.channels_last)
     images = load_images(args.image_dirs, vae.config.sample_size)
     train(vae, images, args.max_train_steps, args.train_batch_size, args.learning_rate)
     mean, std = measure_latents(vae, images[torch.randperm(len(images))[:1000]])
+    if not math.isfinite(std):
+        script.fail(f"the latents are not finite, and {vae_dir} stays as it was: give a smaller --learning_rate")
     vae.register_to_config(scaling_factor=1 / std, shift_factor=mean)
 
     # Written beside and then renamed: the pipeline has either the old VAE or the new one.

@@ -33,7 +33,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import accelerate
-import diffusers
 import torch
 from diffusers import AutoencoderKL, training_utils
 from PIL import Image, ImageDraw
@@ -195,14 +194,14 @@ def noisy_steps(args, step):
     return range(start, start + args.sde_window_size)
 
 
-def transition(args, predict, states, sigma, sigma_next):
-    """Mean and standard deviation of a noisy step from `states`, guided; one graph has both branches."""
-    sigma, sigma_next = (level.expand(len(states)) for level in (sigma, sigma_next))
+def transition(args, predict, states, sigmas, k):
+    """Mean and standard deviation of step `k` from `states`, were it noisy, guided; one graph has both branches."""
+    sigma, sigma_next = (level.expand(len(states)) for level in sigmas[k : k + 2])
     velocity = predict(states, sigma)
     if args.rollout_guidance != 1:
         velocity = soar_utils.apply_guidance(velocity, predict(states, sigma, null=True), args.rollout_guidance)
-    mode = args.sde_type, args.sde_noise_scale
-    return soar_utils.step_distribution(states, velocity, sigma, sigma_next, *mode), velocity
+    step = states, velocity, sigma, sigma_next, args.sde_type, args.sde_noise_scale
+    return soar_utils.step_distribution(*step, sigma_max=sigmas[1]), velocity
 
 
 def old_decay(args, updates):
@@ -229,7 +228,7 @@ def sample(args, predict, normal, names, sigmas):
     latents = torch.stack([normal("start", *name) for name in names]).to(sigmas.device)
     noisy, record = noisy_steps(args, names[0][0]), []
     for k in range(args.num_rollout_steps):
-        (mean, std), velocity = transition(args, predict, latents, sigmas[k], sigmas[k + 1])
+        (mean, std), velocity = transition(args, predict, latents, sigmas, k)
         if k in noisy:
             noise = torch.stack([normal("step", *name, k) for name in names]).to(sigmas.device)
             following = mean + std.view(-1, 1, 1, 1) * noise
@@ -266,7 +265,7 @@ def policy_losses(args, predict, normal, weights_of, part, sigmas):
     def mean_and_std(of, k, states):
         pictures = [part.pictures[i] for i in of]
         some = functools.partial(predict, pictures)
-        return transition(args, some, states.to(sigmas.device), sigmas[k], sigmas[k + 1])[0]
+        return transition(args, some, states.to(sigmas.device), sigmas, k)[0]
 
     starts, off = None, []
     if args.kl_weight:
@@ -309,6 +308,9 @@ def main(args):
 
     # Everything that can be wrong with the input, before any model loads
     model_config = script.run_on_each(accelerator, script.check_model, args)
+    if merged:  # and whether it is a LoRA of this model, by the check of a run that goes on with it
+        alone = {"lora": merged, "rank": 32, "lora_alpha": None, "lora_layers": None, "lora_blocks": None}
+        script.run_on_each(accelerator, script.check_model, argparse.Namespace(**vars(args) | alone))
     model_dir = model_config["folder"]
     script.check_folders(accelerator, args)
     checkpoint, saved_state = script.run_on_main(accelerator, script.find_checkpoint, args)
@@ -324,7 +326,8 @@ def main(args):
     if args.report_to != "none":
         tracked = {k: v if isinstance(v, (int, float, str)) else str(v) for k, v in vars(args).items()}
         with script.failing_with(f"--report_to {args.report_to}"):
-            accelerator.init_trackers(Path(sys.argv[0]).stem, tracked, {"wandb": {"dir": args.output_dir}})
+            options = {"wandb": {"dir": args.output_dir}, "tensorboard": {"purge_step": saved_state["step"] + 1}}
+            accelerator.init_trackers(Path(sys.argv[0]).stem, tracked, options)
     size = args.resolution, args.resolution
     table = make_table({"image": "", "digest": digest(r), "size": size, "captions": [r["text"]]} for r in prompts)
     trainer_state = script.make_trainer_state(args, args.num_groups * args.group_size, table)
@@ -332,13 +335,15 @@ def main(args):
     if checkpoint:
         script.run_on_main(accelerator, script.check_resume, checkpoint, saved_state, trainer_state)
     script.run_on_main(accelerator, script.check_room, args, model_config["trained"], saved_state["step"])
+    if args.push_to_hub:
+        args.hub_model_id = script.run_on_main(accelerator, script.make_repository, args)
 
     # Encoders: each prompt is encoded once, to disk
     script.run_on_each(accelerator, script.download_model, args, model_dir)
     digests = script.run_on_main(accelerator, script.digest_encoders, args, model_dir, weight_dtype)
     embeds = script.TrainingImages(args, table, table, digests)
     with script.loading(args.pretrained_model_name_or_path):
-        vae = AutoencoderKL.from_pretrained(model_dir, subfolder="vae", variant=args.variant, use_safetensors=True)
+        vae = script.load_part(AutoencoderKL, model_dir, "vae", args.variant)
     vae.requires_grad_(False).eval().to(device)
     vae.enable_slicing()  # pictures are decoded one by one: a batch of them takes more memory than the transformer
     texts = ["", *args.validation_prompt]
@@ -372,7 +377,7 @@ def main(args):
             script.load_ema(old, checkpoint)
     step = saved_state["step"]
     lr_scheduler = script.make_lr_scheduler(args, optimizer.optimizer, step)
-    scheduler = diffusers.FlowMatchEulerDiscreteScheduler.from_pretrained(model_dir, subfolder="scheduler")
+    scheduler = script.read_scheduler(model_dir)
     scheduler.set_timesteps(args.num_rollout_steps)
     sigmas = scheduler.sigmas.to(device)
     shape = [model_config["latent_channels"], *(side // model_config["vae_scale_factor"] for side in size)]
@@ -413,6 +418,7 @@ def main(args):
     hidden = not accelerator.is_main_process
     progress = tqdm(desc="Training", total=args.max_train_steps, initial=step, unit="rollout", disable=hidden)
     scored_by = ThreadPoolExecutor(1)
+    script.limit_waits(minutes=30)
     while step < args.max_train_steps:
         started = time.perf_counter()
         # 1. The old policy draws groups of pictures, and what is drawn is scored beside.
@@ -498,7 +504,7 @@ def main(args):
         stopping = any(accelerate.utils.gather_object([bool(signals)]))
         trainer_state |= {"step": step, "skipped_steps": 0}
         if step % args.checkpointing_steps == 0 or stopping:
-            script.save_checkpoint(accelerator, old, trainer_state, args.output_dir, args.checkpoints_total_limit)
+            script.save_checkpoint(accelerator, old, trainer_state, args)
         if stopping:
             accelerator.end_training()
             script.logger.info(f"Stopped by a signal after step {step}; --resume_from_checkpoint latest goes on.")
@@ -507,6 +513,7 @@ def main(args):
             script.log_validation(args, accelerator, transformer, vae, model_dir, prompt_embeds, step, signals)
     progress.close()
     script.on_stop_signals(signal.SIG_DFL)
+    script.limit_waits(hours=12)  # for the upload of the result
 
     # Result
     samples = {}
