@@ -946,7 +946,11 @@ def test_groups_are_not_shared_out_unequally(train, tmp_path):
         (["--reward", "test_rl:none=1"], "--reward test_rl:none: module 'test_rl' has no attribute 'none'"),
         (["--reward", "ocr=1"], "--reward ocr: the prompt 'a red square' has no text in double quotes"),
         (["--held_out_prompts", "{folder}/prompts.txt"], "has 3 prompts of .*prompts.txt, such as 'a red square'"),
-        (["--held_out_prompts", "{folder}/test.txt"], "has 1 prompts of .*test.txt, such as 'a dog'"),
+        (["--held_out_prompts", "{folder}/capitals.txt"], "has 1 prompts of .*capitals.txt, such as 'a dog'"),
+        (
+            ["--prompts", "{folder}/capitals.txt", "--held_out_prompts", "{folder}/prompts.txt"],
+            "has 1 prompts of .*prompts.txt, such as 'A Dog'",
+        ),
         (["--prompts", "{folder}/empty.txt"], "empty.txt has none"),
         (
             ["--lora", "{folder}"],
@@ -958,7 +962,7 @@ def test_groups_are_not_shared_out_unequally(train, tmp_path):
 def test_one_line_for_a_mistake(flags, message, train, tmp_path):
     """Before any model loads, but for what only a picture shows; and no reward is silently 0."""
     (tmp_path / "empty.txt").write_text("\n")
-    (tmp_path / "test.txt").write_text("  A Dog\n")
+    (tmp_path / "capitals.txt").write_text("  A Dog\n")
     (tmp_path / "bad.jsonl").write_text('{"text": ""}\n')
     with pytest.raises(SystemExit, match=message) as ended:
         train(*(flag.format(folder=tmp_path) for flag in flags))
