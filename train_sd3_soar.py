@@ -280,7 +280,6 @@ def training_losses(args, predict, latents, generators, shift, sync):
             velocity_uncond = predict(noisy_latents, sigma, null=True)
         velocity_cfg = soar_utils.apply_guidance(velocity_cfg, velocity_uncond, args.cfg_scale_sampling)
     sigma_next = soar_utils.next_sigma(sigma, args.num_sampling_steps, shift)
-    sigma_max = soar_utils.next_sigma(torch.ones(()), args.num_sampling_steps, shift).item()  # on the CPU
     sigma_upper = torch.ones_like(sigma)
     if args.sigma_upper_ratio is not None:
         sigma_upper = (args.sigma_upper_ratio * sigma).clamp(max=1)
@@ -288,11 +287,12 @@ def training_losses(args, predict, latents, generators, shift, sync):
     # 3. Off-trajectory states: every rollout, noised again toward the same endpoint to random levels above it.
     aux_latents, aux_sigmas = [], []
     for path in range(args.num_rollout_paths):
-        mode = args.sde_rollout_type if path > 0 else "ode"
-        step_noise = draw(unit_noise, generators, device) if path > 0 else None
-        rollout_latents = soar_utils.rollout_step(
-            noisy_latents, velocity_cfg, sigma, sigma_next, mode, args.sde_noise_scale, step_noise, sigma_max
-        )
+        stochastic = ()
+        if path > 0:
+            step_noise = draw(unit_noise, generators, device)
+            sigma_max = soar_utils.next_sigma(torch.ones_like(sigma), args.num_sampling_steps, shift)
+            stochastic = (args.sde_rollout_type, args.sde_noise_scale, step_noise, sigma_max)
+        rollout_latents = soar_utils.rollout_step(noisy_latents, velocity_cfg, sigma, sigma_next, *stochastic)
         for _ in range(args.trajectory_length):
             place = draw(lambda generator: torch.rand((), generator=generator), generators, device)
             sigma_aux = sigma_next + place * (sigma_upper - sigma_next)

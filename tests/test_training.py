@@ -28,8 +28,6 @@ ALLOWED_DIFFERENCES = {
         "LORA_FILES",
         "load_lora",
         "trained_layers",
-        "LORA_FILES",
-        "load_lora",
         "load_transformer",
         "save_transformer",
         "USAGE",

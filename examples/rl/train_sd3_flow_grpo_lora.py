@@ -108,9 +108,9 @@ def parse_args(input_args=None):
     defaults += ["--max_train_steps", "1000"]
     if any(word.startswith("--validation_prompt") for word in rest):
         defaults += ["--guidance_scale", "1"]
-    images = ["--train_data_dir", os.path.dirname(os.path.abspath(own.prompts))]  # it insists on some
+    images = ["--dataset_name", own.prompts]  # it insists on some
     args = script.parse_args([*defaults, *images, *rest])
-    args.train_data_dir = None
+    args.dataset_name = None
     args.cache_prompt_embeds = True
     if own.group_size % own.num_updates:
         parser.error(f"--group_size {own.group_size} cannot be shared out to --num_updates {own.num_updates}")
@@ -196,12 +196,12 @@ def noisy_steps(args, step):
 
 def transition(args, predict, states, sigmas, k):
     """Mean and standard deviation of step `k` from `states`, were it noisy, guided; one graph has both branches."""
-    sigma, sigma_next = (level.expand(len(states)) for level in sigmas[k : k + 2])
+    sigma, sigma_next, sigma_max = (level.expand(len(states)) for level in (sigmas[k], sigmas[k + 1], sigmas[1]))
     velocity = predict(states, sigma)
     if args.rollout_guidance != 1:
         velocity = soar_utils.apply_guidance(velocity, predict(states, sigma, null=True), args.rollout_guidance)
     step = states, velocity, sigma, sigma_next, args.sde_type, args.sde_noise_scale
-    return soar_utils.step_distribution(*step, sigma_max=sigmas[1]), velocity
+    return soar_utils.step_distribution(*step, sigma_max=sigma_max), velocity
 
 
 def old_decay(args, updates):
