@@ -414,7 +414,8 @@ def test_three_formats_are_one_data_set(measure, small_photos, tmp_path):
         (["--models", "base"], "--models base: want NAME=PATH"),
         (["--models", "a=PIPELINE", "a=PIPELINE"], "--models a=PIPELINE: want NAME=PATH, every name once"),
         (["--models", "base=PHOTOS"], "--models base=PHOTOS: neither transformer/*.safetensors nor pytorch_lora"),
-        (["--models", "base=OTHER"], "takes other latents or prompts than --pretrained_model_name_or_path"),
+        (["--models", "base=PROMPTS"], "takes other latents or prompts than --pretrained_model_name_or_path"),
+        (["--models", "base=LATENTS"], "takes other latents or prompts than --pretrained_model_name_or_path"),
         (["--num_own_steps", 8, "--num_sigmas", 1], "--num_own_steps 8 and --num_sigmas 1 do not fit into"),
         (["--num_own_steps", 3, "--num_sigmas", 6], "--num_own_steps 3 and --num_sigmas 6 do not fit into"),
         (["--num_own_steps", 0], "--num_own_steps: must be a finite number from 1 to inf, got 0"),
@@ -431,14 +432,15 @@ def test_three_formats_are_one_data_set(measure, small_photos, tmp_path):
 )
 def test_mistake_gives_one_line(arguments, message, command, pipeline, small_photos, tmp_path, monkeypatch, capsys):
     """That names it, before any weights load."""
-    places = {"PIPELINE": pipeline, "PHOTOS": small_photos, "EMPTY": tmp_path / "empty", "OTHER": tmp_path / "other"}
-    places |= {name: tmp_path / name for name in ("ONE.jsonl", "NONE.jsonl")}
+    places = {"PIPELINE": pipeline, "PHOTOS": small_photos, "EMPTY": tmp_path / "empty"}
+    places |= {name: tmp_path / name for name in ("ONE.jsonl", "NONE.jsonl", "PROMPTS", "LATENTS")}
     places["EMPTY"].mkdir()
     places["NONE.jsonl"].write_text("\n")
     places["ONE.jsonl"].write_text(json.dumps({"md5": "chelsea", "caption_en": "a cat"}))
-    shutil.copytree(pipeline / "transformer", places["OTHER"] / "transformer")
-    config = places["OTHER"] / "transformer" / "config.json"
-    config.write_text(config.read_text().replace('"joint_attention_dim": 64', '"joint_attention_dim": 96'))
+    for name, key, value in (("PROMPTS", "joint_attention_dim", 96), ("LATENTS", "in_channels", 4)):
+        shutil.copytree(pipeline / "transformer", places[name] / "transformer")
+        config = places[name] / "transformer" / "config.json"
+        config.write_text(json.dumps(json.loads(config.read_text()) | {key: value}))
 
     def fill(text):
         return re.sub("|".join(map(re.escape, places)), lambda match: str(places[match[0]]), str(text))

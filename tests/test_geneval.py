@@ -430,7 +430,9 @@ def test_colors(clip):
     assert len(set(found)) > 2
     assert found == classifier(image, objects, "green square")
     assert torch.equal(classifier.texts["green square"], classifier.embed_colors("green square"))
-    assert not torch.equal(classifier.texts["green square"], classifier.embed_colors("red star"))
+    classifier(image, objects, "red star")  # each class has texts of its own
+    assert torch.equal(classifier.texts["red star"], classifier.embed_colors("red star"))
+    assert not torch.equal(classifier.texts["green square"], classifier.texts["red star"])
 
 
 def test_confidence_is_that_of_transformers():

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The experiment in miniature: its world and detector, its controls, and the way from scenes to the table."""
 
+import importlib
 import itertools
 import json
 import random
@@ -119,6 +120,89 @@ def test_splits_do_not_share_prompts():
     assert len(world.HELD_OUT) == 6
 
 
+PROMPTS = {prompt.text: prompt for task in world.TASKS for prompt in world.all_prompts(task)}
+
+
+def test_sets_of_pictures(tmp_path):
+    """Clean ones show what their captions say; each set is of its own prompts, and all are functions of the seed."""
+    for name, seed in (("one", 0), ("again", 0), ("other", 1)):
+        numbers = ["--noisy", "40", "--curated", "80", "--unseen", "80", "--seed", str(seed)]
+        run_python([sys.executable, HERE / "world.py", tmp_path / name, *numbers])
+    files = [path.relative_to(tmp_path / "one") for path in (tmp_path / "one").rglob("*.*")]
+    assert len(files) == 40 + 80 + 80 + 3 + 2
+    for file in files:
+        one, again, other = ((tmp_path / name / file).read_bytes() for name in ("one", "again", "other"))
+        assert one == again
+    captions = {}
+    for name in ("one", "other"):
+        for part in ("noisy", "curated", "unseen"):
+            folder = tmp_path / name / part
+            rows = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
+            captions[name, part] = [row["text"] for row in rows]
+            for row in rows if part != "noisy" else ():
+                found, broken = world.detect(Image.open(folder / row["file_name"]))
+                assert world.score(PROMPTS[row["text"]], found, broken) == (True, True)
+    assert len(set(map(tuple, captions.values()))) == 6
+    train, test = ({p.text for task in world.TASKS for p in world.split(task)[part]} for part in ("train", "test"))
+    assert set(captions["one", "noisy"]) | set(captions["one", "curated"]) <= train
+    assert set(captions["one", "unseen"]) <= test and not set(captions["one", "unseen"]) <= train
+
+
+def test_noisy_pictures(tmp_path, monkeypatch):
+    """Of these alone a fifth have captions of others, some show things that nobody asked for, and none is clean."""
+
+    def make(rng, noisy):
+        made.append(noisy)
+        return Image.new("RGB", (4, 4)), str(len(made) - 1)
+
+    for noisy, wrong in ((False, 0), (True, 20)):
+        made = []
+        world.write_pictures(tmp_path / str(noisy), 100, make, random.Random(0), noisy)
+        lines = (tmp_path / str(noisy) / "metadata.jsonl").read_text().splitlines()
+        captions = [int(json.loads(line)["text"]) for line in lines]
+        assert made == [noisy] * 100
+        assert sum(caption != i for i, caption in enumerate(captions)) == wrong
+    drawn = []
+    monkeypatch.setattr(world, "draw", lambda things, rng, size: drawn.append((len(things), rng)))
+    for noisy in (False, True):
+        drawn.clear()
+        texts = [world.make_scene(random.Random(i), noisy)[1] for i in range(200)]
+        more = [number - len(PROMPTS[text].things) for text, (number, _) in zip(texts, drawn, strict=True)]
+        assert all((rng is not None) == noisy for _, rng in drawn)
+        assert (max(more) > 0) == noisy and min(more) == 0
+
+
+@pytest.mark.parametrize("module", [world, words])
+def test_prompts_have_noise_of_their_own(module, tmp_path):
+    """Each a seed, no two the same, in any part."""
+    seeds = []
+    for part in ("validation", "test"):
+        module.write_prompts(tmp_path / f"{part}.jsonl", part, 30)
+        _, records = module.read_prompts(tmp_path / f"{part}.jsonl")
+        seeds += [record["seed"] for record in records]
+        assert len(records) == 30 * len(module.TASKS) * module.TIMES
+    assert len(set(seeds)) == len(seeds)
+
+
+def test_one_broken_thing_is_enough():
+    """For a picture to count as broken, and not to be right strictly."""
+    prompt = world.Prompt("single_object", (world.Thing("star"),))
+    things = [world.Thing("star", "red", world.CELLS[0]), world.Thing("circle", "blue", world.CELLS[3])]
+    pixels = np.asarray(world.draw(things)).copy()
+    pixels[world.CELL : world.CELL + world.CELL // 2, world.CELL :] = world.PAPER  # half of the circle
+    pictures = [world.draw(things[:1]), Image.fromarray(pixels), world.draw(things), world.draw(things[1:])]
+    expected = {"lenient": "1110", "strict": "1000", "broken": "0100"}
+    assert world.outcomes([prompt] * 4, pictures) == expected
+
+
+def test_the_reader_gets_blue_first(monkeypatch):
+    """As OpenCV has it, and PP-OCR learnt; one line that fills the page but for its margin."""
+    seen = []
+    monkeypatch.setattr(words, "reader", lambda: lambda page, **more: seen.append(page) or SimpleNamespace(txts=["A"]))
+    assert words.read(Image.new("RGB", (32, 32), (1, 2, 3))) == "A"
+    assert seen[0].shape == (192, 192, 3) and (seen[0] == (3, 2, 1)).all()
+
+
 def test_words_are_read():
     """Real OCR reads true pictures; other words and an empty page score by chance, noisy pictures in between."""
     chosen = words.split()["test"][:60]
@@ -146,6 +230,12 @@ def test_words_do_not_share():
     image, caption = words.make_word(random.Random(0), noisy=False)
     spelled = caption.removeprefix("picture of ").replace(" ", "").upper()
     assert spelled in parts["train"] and words.read(image) == spelled
+    assert image.tobytes() == words.draw(spelled).tobytes()
+    assert words.make_word(random.Random(0), noisy=True)[0].tobytes() != image.tobytes()
+    for part in ("validation", "test"):
+        assert {words.make_word(random.Random(i), False, part)[1] for i in range(50)} <= set(
+            map(words.caption, parts[part])
+        )
 
 
 def test_checkpoints_are_scored_by_their_average(tmp_path):
@@ -163,7 +253,81 @@ def test_checkpoints_are_scored_by_their_average(tmp_path):
         assert torch.equal(parameter, average[str(i)])
 
 
-def test_frechet_distance_and_diversity():
+def test_features_are_always_the_same():
+    """Whatever was drawn before: runs are compared by them that were scored by other processes."""
+    images = [world.draw(things) for _, things, _ in scenes("test", 2)]
+    torch.manual_seed(0)
+    one = evaluate.features(images)
+    torch.manual_seed(1)
+    assert torch.equal(evaluate.features(images), one) and one.shape == (12, 128)
+
+
+def test_how_pictures_are_drawn():
+    """Each from its record's noise, under its prompt, with the guidance and the number of steps of the setting."""
+    calls = []
+
+    class Pipeline:
+        def __call__(self, **options):
+            calls.append(options)
+            self.images = [generator.initial_seed() for generator in options["generator"]]
+            return self
+
+    records = [{"prompt": f"{i % 7}", "seed": 1000 + i} for i in range(evaluate.BATCH + 5)]
+    embeds = {f"{i}": (torch.full((4, 3), i + 1.0), torch.full((2,), i + 1.0)) for i in range(7)}
+    embeds[""] = torch.zeros(4, 3), torch.zeros(2)
+    assert evaluate.sample(Pipeline(), records, embeds, 2.5, 7) == [record["seed"] for record in records]
+    assert [len(call["generator"]) for call in calls] == [evaluate.BATCH, 5]
+    for call in calls:
+        assert (call["guidance_scale"], call["num_inference_steps"]) == (2.5, 7)
+        assert not call["negative_prompt_embeds"].any() and not call["negative_pooled_prompt_embeds"].any()
+    drawn = torch.cat([call["pooled_prompt_embeds"][:, 0] for call in calls])
+    assert drawn.tolist() == [int(record["prompt"]) + 1 for record in records]
+    assert torch.equal(torch.cat([call["prompt_embeds"][:, 0, 0] for call in calls]), drawn)
+
+
+@pytest.mark.parametrize("kind", ["--quick", "--checkpoint"])
+def test_which_prompts_are_scored(kind, tmp_path, monkeypatch):
+    """As many of each task in each setting as the plan says, each picture against its own prompt; a third if quick."""
+    (tmp_path / "world").mkdir()
+    world.write_prompts(tmp_path / "world" / "validation.jsonl", "validation", 30)
+    world.write_prompts(tmp_path / "world" / "test.jsonl", "test", 100)
+    asked = []
+
+    def sample(pipeline, records, embeds, guidance, steps):
+        asked.append((guidance, steps, [record["task"] for record in records]))
+        return [
+            world.draw(world.realise(world.prompt_of(record), random.Random(i))) for i, record in enumerate(records)
+        ]
+
+    monkeypatch.setattr(evaluate, "load_pipeline", lambda *_: None)
+    monkeypatch.setattr(evaluate, "encode", lambda *_: {})
+    monkeypatch.setattr(evaluate, "sample", sample)
+    paths = ["--base", "x", "--run", "x", "--world", tmp_path / "world", "--output", tmp_path / "x.json"]
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, paths), *filter(None, [kind])])
+    evaluate.main()
+    part = 1 / 3 if kind == "--quick" else 1
+    wanted = {
+        ("test", *s): count if s == experiment.MAIN else round(part * count)
+        for s, count in experiment.SETTINGS.items()
+    }
+    wanted |= {("validation", *s): round(part * count) for s, count in experiment.GUIDANCES.items()}
+    if kind == "--checkpoint":
+        wanted = {("test", *experiment.MAIN): 50}
+    scores, found = json.loads((tmp_path / "x.json").read_text()), {}
+    for (name, guidance, steps), count in wanted.items():
+        measured = scores[name].pop(experiment.name_of(guidance, steps))
+        assert measured["lenient"] == measured["strict"] == "1" * (6 * count) and measured["broken"] == "0" * (
+            6 * count
+        )
+        assert 0.5 < measured["diversity"] < 2 and measured["frechet"] < 0.5
+        found.setdefault((guidance, steps), []).append([task for task in world.TASKS for _ in range(count)])
+    assert not any(scores.values())
+    for guidance, steps, tasks in asked:
+        assert tasks == found[guidance, steps].pop(0)
+    assert (tmp_path / "x.png").exists() == (kind != "--checkpoint")
+
+
+def test_frechet_distance_and_diversity(monkeypatch):
     """Known values for Gaussians, nothing between a set and itself, and blur and collapse are seen."""
     one = torch.randn(20000, 3, generator=torch.Generator().manual_seed(0)).double()
     assert evaluate.frechet_distance(one, one) == pytest.approx(0, abs=1e-9)
@@ -177,6 +341,9 @@ def test_frechet_distance_and_diversity():
     assert evaluate.diversity(evaluate.features([images[0]] * 40), records) == 0
     faded = [Image.blend(image, images[0], 0.5) for image in images]
     assert 0.1 < evaluate.diversity(evaluate.features(faded), records) / truth < 0.6
+    monkeypatch.setattr(evaluate, "sample", lambda *_: faded)
+    measured, drawn = evaluate.measure(world, None, prompts, records, images, {}, 1.0, 1)
+    assert drawn is faded and measured["diversity"] < 0.6  # of the true pictures'
 
 
 def test_true_state_has_no_rollout(monkeypatch):
@@ -250,6 +417,42 @@ def test_from_scenes_to_the_table(tmp_path, monkeypatch):
     assert list(row) == expected and "| true state | 1 |" in table
     for name in ("scores", "steps", "samples"):
         assert (results / f"{name}.png").exists()
+
+
+def test_flags_of_every_run(tmp_path, monkeypatch):
+    """Seeds, base, data and dropout are those of the run; the scripts understand all of them."""
+    calls = []
+    monkeypatch.setattr(experiment, "call", lambda log, *command, **more: calls.append([*map(str, command)]))
+    for name in ("world", "words"):
+        (tmp_path / f"raw_{name}" / "transformer").mkdir(parents=True)
+        (tmp_path / f"raw_{name}" / "transformer" / "config.json").write_text('{"sample_size": 8}')
+        for part in ("noisy", "curated"):
+            (tmp_path / name / part).mkdir(parents=True)
+    runs = {run: None for size in ("full", "schedule") for run in experiment.plan(size)}
+    for run in runs:
+        experiment.train(tmp_path, run, 1000)
+    for base in (0, 1, "words"):
+        experiment.make_base(tmp_path, base, 6000)
+    given = []
+    for command in calls:
+        script = next(word for word in command if word.startswith("train_sd3_"))
+        given.append(importlib.import_module(script[:-3]).parse_args(command[command.index(script) + 1 :]))
+    for run, args, command in zip(runs, given, calls, strict=False):
+        script, _, control = experiment.ARMS[run.arm]
+        of_world = "words" if run.base == "words" else "world"
+        assert script in command and (control is None or control in command)
+        assert args.seed == 100 + run.seed and args.cond_dropout_rate == run.dropout
+        assert args.transformer == f"{tmp_path}/base_{run.base}"
+        assert args.train_data_dir == f"{tmp_path}/{of_world}/curated"
+        assert args.pretrained_model_name_or_path == f"{tmp_path}/raw_{of_world}"
+        assert args.output_dir == f"{tmp_path}/runs/{run.name}"
+        assert (args.max_train_steps, args.use_ema, args.ema_decay) == (1000, True, 0.99)
+    assert len({args.output_dir for args in given}) == len(given) == len(runs) + 3
+    for base, args in zip((0, 1, "words"), given[-3:], strict=True):
+        of_world = "words" if base == "words" else "world"
+        assert args.seed == (0 if base == "words" else base) and args.cond_dropout_rate == 0.1
+        assert args.train_data_dir == f"{tmp_path}/{of_world}/noisy" and args.transformer is None
+        assert (args.max_train_steps, args.output_dir) == (6000, f"{tmp_path}/base_{base}")
 
 
 def test_paired_differences():
