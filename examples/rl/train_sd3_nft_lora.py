@@ -99,9 +99,9 @@ def parse_args(input_args=None):
     defaults += ["--max_train_steps", "1000"]
     if any(word.startswith("--validation_prompt") for word in rest):
         defaults += ["--guidance_scale", "1"]
-    images = ["--train_data_dir", os.path.dirname(os.path.abspath(own.prompts))]  # it insists on some
+    images = ["--dataset_name", own.prompts]  # it insists on some
     args = script.parse_args([*defaults, *images, *rest])
-    args.train_data_dir = None
+    args.dataset_name = None
     args.cache_prompt_embeds = True
     if own.group_size % own.num_updates:
         parser.error(f"--group_size {own.group_size} cannot be shared out to --num_updates {own.num_updates}")
