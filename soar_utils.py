@@ -171,8 +171,8 @@ def rollout_step(
             the ODE) or `"cps"` (coefficients-preserving sampling).
         noise_scale (`float`): Strength of the stochastic part; unused by `"ode"` and `"sde"`.
         step_noise (`torch.Tensor` of shape `(B, ...)`, *optional*): Fresh unit noise of a stochastic step.
-        sigma_max (`float`, *optional*): Needed by `"flow_sde"` alone: the noise level one step below 1. Its
-            coefficient diverges at 1, so it is taken at no higher level, as Flow-GRPO does at 1 itself.
+        sigma_max (`torch.Tensor` of shape `(B,)`, *optional*): Needed by `"flow_sde"` alone: the noise level one step
+            below 1. Its coefficient diverges at 1, so it is taken at no higher level, as Flow-GRPO does at 1 itself.
 
     Returns:
         `torch.Tensor` of shape `(B, ...)`, float32: state at `sigma_next`.
@@ -219,6 +219,7 @@ def step_distribution(noisy_latents, velocity, sigma, sigma_next, mode="ode", no
     elif mode == "sde":
         mean, std = (1 - sigma_next) * data, sigma_next
     elif mode == "flow_sde":
+        (sigma_max,) = _per_sample(noisy_latents, sigma_max=sigma_max)
         g = s * (sigma / (1 - sigma.clamp(max=sigma_max))).sqrt()
         drift = g**2 / (2 * sigma)
         mean, std = x * (1 + drift * d) + v * (1 + drift * (1 - sigma)) * d, g * (-d).sqrt()

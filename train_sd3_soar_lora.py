@@ -199,12 +199,8 @@ def parse_args(input_args=None):
     add("--num_rollout_paths", type=number(int, 1), default=1, help="M: the ODE step, and M - 1 stochastic ones.")
     add("--num_sampling_steps", type=number(int, 1, 1000), default=40, help="K: the rollout is one step of K.")
     add("--cfg_scale_sampling", type=number(), default=4.5, help="Guidance of the rollout step.")
-    add(
-        "--sde_rollout_type",
-        choices=soar_utils.STOCHASTIC_ROLLOUTS,
-        default="flow_sde",
-        help="With --num_rollout_paths: of 1 to M-1.",
-    )
+    kinds = soar_utils.STOCHASTIC_ROLLOUTS
+    add("--sde_rollout_type", choices=kinds, default="flow_sde", help="With --num_rollout_paths: of paths 1 to M-1.")
     add("--sde_noise_scale", type=number(float, 0, 1), default=0.5, help="With --num_rollout_paths: their strength.")
     add("--sigma_upper_ratio", type=number(float, 1), help="Auxiliary sigmas up to RATIO * sigma. Default: up to 1.")
     add("--aux_batch_size", type=number(int, 1), help="Auxiliary points per forward. Default: --train_batch_size.")
@@ -293,7 +289,6 @@ def training_losses(args, predict, latents, generators, shift, sync):
             velocity_uncond = predict(noisy_latents, sigma, null=True)
         velocity_cfg = soar_utils.apply_guidance(velocity_cfg, velocity_uncond, args.cfg_scale_sampling)
     sigma_next = soar_utils.next_sigma(sigma, args.num_sampling_steps, shift)
-    sigma_max = soar_utils.next_sigma(torch.ones(()), args.num_sampling_steps, shift).item()  # on the CPU
     sigma_upper = torch.ones_like(sigma)
     if args.sigma_upper_ratio is not None:
         sigma_upper = (args.sigma_upper_ratio * sigma).clamp(max=1)
@@ -301,11 +296,12 @@ def training_losses(args, predict, latents, generators, shift, sync):
     # 3. Off-trajectory states: every rollout, noised again toward the same endpoint to random levels above it.
     aux_latents, aux_sigmas = [], []
     for path in range(args.num_rollout_paths):
-        mode = args.sde_rollout_type if path > 0 else "ode"
-        step_noise = draw(unit_noise, generators, device) if path > 0 else None
-        rollout_latents = soar_utils.rollout_step(
-            noisy_latents, velocity_cfg, sigma, sigma_next, mode, args.sde_noise_scale, step_noise, sigma_max
-        )
+        stochastic = ()
+        if path > 0:
+            step_noise = draw(unit_noise, generators, device)
+            sigma_max = soar_utils.next_sigma(torch.ones_like(sigma), args.num_sampling_steps, shift)
+            stochastic = (args.sde_rollout_type, args.sde_noise_scale, step_noise, sigma_max)
+        rollout_latents = soar_utils.rollout_step(noisy_latents, velocity_cfg, sigma, sigma_next, *stochastic)
         for _ in range(args.trajectory_length):
             place = draw(lambda generator: torch.rand((), generator=generator), generators, device)
             sigma_aux = sigma_next + place * (sigma_upper - sigma_next)
@@ -571,12 +567,9 @@ def check_args(parser, args):
                 parser.error(f"{action.option_strings[0]} has no effect without --{f'{flag} {value}'.strip()}")
     if sum(getattr(args, flag) is not None for flag in ("dataset_name", "train_data_dir", "jsonl_path")) != 1:
         parser.error("give exactly one of --dataset_name, --train_data_dir and --jsonl_path")
-    for flag in ("train_data_dir", "dataset_name"):
-        folder, output = getattr(args, flag), Path(args.output_dir).resolve()
-        if folder is not None and os.path.isdir(folder) and output.is_relative_to(Path(folder).resolve()):
-            parser.error(
-                f"--output_dir {args.output_dir} is inside --{flag} {folder}: its pictures would be data, too"
-            )
+    for folder in filter(None, (args.train_data_dir, args.dataset_name)):
+        if os.path.isdir(folder) and Path(args.output_dir).resolve().is_relative_to(Path(folder).resolve()):
+            parser.error(f"--output_dir {args.output_dir} is inside of {folder}: its pictures would be data, too")
     if (args.jsonl_path is None) != (args.image_dir is None):
         parser.error("--jsonl_path and --image_dir belong together: give both or none")
     for flag, kind in (("train_data_dir", "folder"), ("image_dir", "folder"), ("jsonl_path", "file")):
@@ -1124,9 +1117,9 @@ def load_images(args):
     if args.caption_column in rows.column_names:
         captions = data_utils.rows_of(rows, args.caption_column)
         feature = rows.features[args.caption_column]
-        classes = getattr(getattr(feature, "feature", feature), "names", None)
-        if classes is not None:
-            captions = ((class_names(labels, classes),) for (labels,) in captions)
+        feature = getattr(feature, "feature", feature)  # a list's
+        if isinstance(feature, datasets.ClassLabel):  # -1 is no label
+            captions = ((None if label in (None, -1) else feature.int2str(label),) for (label,) in captions)
     where = f"--caption_column {args.caption_column} of {args.dataset_name}, row"
 
     def others():
@@ -1139,25 +1132,13 @@ def load_images(args):
 
 def load_split(name, config_name, split):
     """A split of a data set of the hub or in a folder, also of `save_to_disk`, which writes no configurations."""
-    saved = any(os.path.isfile(os.path.join(name, file)) for file in ("state.json", "dataset_dict.json"))
-    if not saved or config_name is not None:
-        try:
-            return datasets.load_dataset(name, config_name, split=split)
-        except datasets.exceptions.DatasetGenerationError as error:
-            raise error.__cause__ from None  # itself it does not say what is wrong
-    rows = datasets.load_from_disk(name)
-    if isinstance(rows, datasets.Dataset):
-        return rows
-    if split not in rows:
-        raise ValueError(f"its splits are {', '.join(rows)}")
-    return rows[split]
-
-
-def class_names(labels, classes):
-    """The name of a class, or of each in a list; `None` where there is no label, which is also written as -1."""
-    if isinstance(labels, list):
-        return [class_names(label, classes) for label in labels]
-    return None if labels is None or labels < 0 else classes[labels]
+    for folder in () if config_name else (name, os.path.join(name, split)):
+        if os.path.isfile(os.path.join(folder, "state.json")):
+            return datasets.load_from_disk(folder)
+    try:
+        return datasets.load_dataset(name, config_name, split=split)
+    except datasets.exceptions.DatasetGenerationError as error:
+        raise error.__cause__ from None  # itself it does not say what is wrong
 
 
 def read_folder(folder, image_column, caption_column, instance_prompt):
@@ -1184,7 +1165,7 @@ def read_folder(folder, image_column, caption_column, instance_prompt):
         stem, suffix = os.path.splitext(path)
         if stem in stems and suffix.lower() in (".txt", ".caption"):
             if texts.setdefault(stem, path) != path:
-                fail(f"{texts[stem]} and {path} are both captions of one image: remove one of them")
+                fail(f"{texts[stem]} and {path} both hold a caption: remove one of them")
         elif suffix.lower() not in suffixes:
             others[suffix].append(path)
     there = {unicodedata.normalize("NFC", path): path for path in names if not path.isascii()}  # macOS has others
@@ -1195,8 +1176,7 @@ def read_folder(folder, image_column, caption_column, instance_prompt):
         if path.endswith(".csv") and f"{path[:-4]}.jsonl" in metadata:
             fail(f"{path} lies beside metadata.jsonl: remove one of them")
     if metadata and texts:
-        name, (_, suffix) = os.path.basename(metadata[0]), os.path.splitext(next(iter(texts.values())))
-        fail(f"--train_data_dir {folder} has {name} and captions in {suffix} files: remove one of them")
+        fail(f"{metadata[0]} and {next(iter(texts.values()))} both hold captions: remove one of them")
     if others and not metadata:
         kinds = ", ".join(f"{len(paths)} like {paths[0]}" for paths in [*others.values()][:10])
         logger.warning(f"Not used, neither images that Pillow reads nor NAME.txt or NAME.caption of one: {kinds}")

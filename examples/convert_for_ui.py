@@ -24,6 +24,7 @@ from collections import defaultdict
 from pathlib import Path
 
 import torch
+from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from trained import LORA_FILE, find_trained, load_trained
@@ -150,6 +151,7 @@ def convert_lora(state, metadata=None):
             that is none of diffusers' LoRA: one of another kind, or in other names.
     """
     config = {name.removeprefix("transformer."): value for name, value in (metadata or {}).items()}
+    alphas = config.get("alpha_pattern", {})
     if any("lora_magnitude_vector" in name for name in state):
         raise ValueError("a DoRA cannot be told in these names: merge it, by --merge_into")
     layers, converted = defaultdict(dict), {}
@@ -161,8 +163,9 @@ def convert_lora(state, metadata=None):
         if not part:
             raise ValueError(f"{name} is no tensor of a LoRA in diffusers' names")
         up = tensor_of(state, name.replace(".lora_A.", ".lora_B."))
-        rank = config.get("rank_pattern", {}).get(layer, config.get("r", len(down)))
-        up = up * (config.get("alpha_pattern", {}).get(layer, config.get("lora_alpha", rank)) / rank)
+        rank = len(down)
+        alpha = alphas.get(get_pattern_key(alphas, layer), config.get("lora_alpha", rank))
+        up = up * (alpha / (rank**0.5 if config.get("use_rslora") else rank))
         place, third = mmdit_place(layer)
         if "adaLN" in place and up.shape[0] == 2 * down.shape[1]:
             up = swap_halves(up)

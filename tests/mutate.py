@@ -35,7 +35,7 @@ FORMULAS, STEP = "test_soar_utils.py", "test_training.py -k follows_the_equation
 # A file, a text that stands in it once, what takes its place, and the tests that should see it.
 MUTATIONS = [
     # The method
-    (UTILS, "return shift * u / (1 + (shift - 1) * u)", "return shift * u / (1 + shift * u)", FORMULAS),
+    (UTILS, "return (shift * u / (1 + (shift - 1) * u))", "return (shift * u / (1 + shift * u))", FORMULAS),
     (UTILS, "return sigma / (shift - (shift - 1) * sigma)", "return sigma / (shift - shift * sigma)", FORMULAS),
     (UTILS, "- 1 / num_sampling_steps).clamp(min=U_MIN)", "- 1 / num_sampling_steps)", FORMULAS),
     (UTILS, "(velocity_cond.float() - velocity_uncond)", "(velocity_uncond - velocity_cond.float())", FORMULAS),
@@ -82,11 +82,98 @@ MUTATIONS = [
     (DATA, "ends = [[(epoch + i) *", "ends = [[(epoch + i + i) *", "test_elastic.py -k 'every_sample or one_size'"),
     (DATA, "self.start + self.process_index, None", "self.process_index, None", "test_elastic.py -k order_does_not"),
     (DATA, "outside.rstrip(os.sep) + os.sep", "outside.rstrip(os.sep)", "test_data_utils.py -k inside"),
+    (SOAR, '"drop": drop < self.args', '"drop": top < self.args', "test_data.py -k independent"),
+    (
+        SFT,
+        "crop = None if self.args.center_crop else self.args.seed",
+        "crop = self.args.center_crop",
+        "test_data.py -k keyed_by_content",
+    ),
+    (
+        DATA,
+        'self.shuffled(batches, "batches", epoch)',
+        'self.shuffled(batches, "batches")',
+        "test_elastic.py -k take_turns",
+    ),
+    (
+        SOAR,
+        'derive_seed("crop", self.args.seed, image_digest)',
+        'derive_seed("crop", self.args.seed)',
+        "test_data.py -k one_crop",
+    ),
+    (
+        SOAR,
+        'derive_seed("crop", self.args.seed, image_digest)',
+        'derive_seed("crop", image_digest)',
+        "test_data.py -k one_crop",
+    ),
+    (
+        SOAR,
+        'derive_seed("sample", self.args.seed, position)',
+        'derive_seed("sample", position)',
+        "test_data.py -k independent",
+    ),
+    (
+        SOAR,
+        'derive_seed("noise", self.args.seed, position)',
+        'derive_seed("sample", self.args.seed, position)',
+        "test_data.py -k independent",
+    ),
+    (SOAR, 'item["captions"][int(choice *', 'item["captions"][int(drop *', "test_data.py -k independent"),
+    (
+        SOAR,
+        "self.args.random_flip and flip < 0.5",
+        "self.args.random_flip and left < 0.5",
+        "test_data.py -k independent",
+    ),
+    (
+        SFT,
+        "digest(rows._fingerprint, i, data_utils.file_key(path))",
+        "digest(rows._fingerprint, i)",
+        "test_data.py -k behind_a_data_set",
+    ),
+    (DATA, '"order", bucket, epoch', '"order", epoch', "test_elastic.py -k take_turns"),
+    (DATA, '"/".join(map(str, parts))', '"".join(map(str, parts))', "test_elastic.py -k seeds_differ"),
+    (DATA, "csv.DictReader(file, skipinitialspace=True)", "csv.DictReader(file)", "test_data.py -k two_folders"),
+    (
+        SFT,
+        "digest(name, length, len(tokenizer), captions)",
+        "digest(name, length, len(tokenizer))",
+        "test_data.py -k counted_once",
+    ),
+    (
+        SOAR,
+        "rows = rows.select(range(min(args.max_train_samples, len(rows))))",
+        "pass",
+        "test_data.py -k max_train_samples",
+    ),
+    (SOAR, 'folders[:] = [name for name in folders if name[0] != "."]', "pass", "test_data.py -k captions_beside"),
+    (
+        SFT,
+        "listed.setdefault(os.path.normpath(image), path)",
+        "listed.setdefault(image, path)",
+        "test_bad_input.py -k two_metadata",
+    ),
+    (DATA, "file = pyarrow.OSFile(path)", "raise", "test_data_utils.py -k without_memory_maps"),
+    (
+        DATA,
+        'np.where(levels == image.info["transparency"], 0, 255)',
+        'np.where(levels == image.info["transparency"], 255, 0)',
+        "test_data.py -k transparent_grey",
+    ),
+    (DATA, 'if name == "..":', 'if name == ".." or os.path.islink(path):', "test_data.py -k links"),
+    (
+        SFT,
+        "type(text) in (str, int)",
+        "type(text) in (str, int, bool)",
+        "test_bad_input.py -k 'another_shape or another_kind'",
+    ),
+    (SOAR, "value is None or value != value", "value is None", "test_data.py -k instance_prompt"),
     # The run
     (
         SOAR,
-        "        lr_scheduler.step()\n        optimizer.zero_grad()",
-        "        lr_scheduler.step()\n        lr_scheduler.step()\n        optimizer.zero_grad()",
+        "lr_scheduler.step()\n            optimizer.zero_grad()",
+        "lr_scheduler.step()\n            lr_scheduler.step()\n            optimizer.zero_grad()",
         "test_faults.py -k may_be_skipped",
     ),
     (
@@ -99,8 +186,8 @@ MUTATIONS = [
     (SOAR, "            skipped_steps = 0\n", "", "test_faults.py -k may_be_skipped"),
     (
         SFT,
-        "for old in checkpoints(output_dir)[:-total_limit]",
-        "for old in checkpoints(output_dir)[: -total_limit - 1]",
+        "[: -args.checkpoints_total_limit]",
+        "[: -args.checkpoints_total_limit - 1]",
         "test_flags.py -k test_checkpoints",
     ),
     (

@@ -155,9 +155,9 @@ def test_exactly_one_data_source(script, sources, capsys):
         (["--jsonl_path", __file__], ["--jsonl_path and --image_dir"]),
         (["--image_dir", "."], ["--image_dir has no effect without --jsonl_path"]),
         (["--dataset_split", "test"], ["--dataset_split has no effect without --dataset_name"]),
-        (["--train_data_dir", ".", "--output_dir", "out"], ["--output_dir out is inside --train_data_dir ."]),
+        (["--train_data_dir", ".", "--output_dir", "out"], ["--output_dir out is inside of ."]),
         (["--train_data_dir", "tests/", "--output_dir", "tests"], ["--output_dir tests is inside"]),
-        (["--dataset_name", "tests", "--output_dir", "tests/out"], ["tests/out is inside --dataset_name tests"]),
+        (["--dataset_name", "tests", "--output_dir", "tests/out"], ["--output_dir tests/out is inside of tests"]),
         (
             ["--allow_resume_changes", "seed"],
             ["no effect without --resume_from_checkpoint"],
@@ -376,7 +376,7 @@ def test_two_kinds_of_captions(refuse, images):
     folder = images({"a.png": "a", "b.png": "b"})
     (folder / "b.txt").write_text("another b")
     message = refuse(SFT, "--train_data_dir", folder)
-    assert f"{folder} has metadata.jsonl and captions in .txt files: remove one of them" in message
+    assert f"{folder / 'metadata.jsonl'} and {folder / 'b.txt'} both hold captions: remove one of them" in message
     (folder / "metadata.jsonl").unlink()
     (folder / "b.caption").write_text("a third b")
     message = refuse(SFT, "--train_data_dir", folder)

@@ -121,6 +121,9 @@ def test_images_of_a_prompt_are_drawn_together():
     more = {(f"{p} {i}", 0, 0): score for (p, *_), score in scores.items() for i in range(4)}
     assert compare.summarise(more)["high"] - once["mean"] == pytest.approx((once["high"] - once["mean"]) / 2, rel=0.15)
     assert compare.summarise({("one", 0, 0): 1.0, ("one", 1, 0): 0.0})["low"] is None
+    tags = {key: "few" if key[0] == "0" else "many" for key in scores}  # a task of one prompt: nothing to draw from
+    tasks = compare.summarise(scores, tags)
+    assert tasks["low"] is tasks["tasks"]["few"]["low"] is None and tasks["tasks"]["many"]["low"] is not None
 
 
 def test_intervals_cover(monkeypatch):

@@ -9,6 +9,7 @@ import pytest
 import torch
 from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 from harness import ROOT, weights
+from peft import LoraConfig, get_peft_model_state_dict
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -80,10 +81,19 @@ def merged(pipeline, folder):
 def test_a_lora_in_kohyas_names_is_what_peft_makes_of_it(kind, lora, pipeline):
     """In every layer; the result has its strength in its weights, the checkpoint in its metadata."""
     folder = lora if kind == "result" else lora / "checkpoint-2"
-    with safe_open(folder / "pytorch_lora_weights.safetensors", "pt") as file:
-        metadata = json.loads(file.metadata()["lora_adapter_metadata"])
+    metadata = metadata_of(folder)
     assert metadata["transformer.lora_alpha"] == (4 if kind == "result" else 9)
-    converted = convert_for_ui.convert_lora(weights(folder), metadata)
+    assert check_against_peft(folder, pipeline) > 20
+
+
+def metadata_of(folder):
+    with safe_open(folder / "pytorch_lora_weights.safetensors", "pt") as file:
+        return json.loads(file.metadata()["lora_adapter_metadata"])
+
+
+def check_against_peft(folder, pipeline):
+    """The converted LoRA changes what PEFT's does, and as much; returns how many weights."""
+    converted = convert_for_ui.convert_lora(weights(folder), metadata_of(folder))
     base = convert_for_ui.convert_transformer(weights(pipeline))
     wanted = convert_for_ui.convert_transformer(merged(pipeline, folder))
     names = {name.rpartition(".")[0] for name in converted if not name.endswith(".alpha")}
@@ -96,7 +106,32 @@ def test_a_lora_in_kohyas_names_is_what_peft_makes_of_it(kind, lora, pipeline):
             changed += change.abs().max() > 1e-5
         else:
             assert torch.equal(wanted[key], base[key])
-    assert changed == len(names) > 20
+    assert changed == len(names)
+    return changed
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+def test_ranks_and_strengths_of_their_own(rslora, pipeline, tmp_path):
+    """Of single layers, and by PEFT's patterns of the ends of their names; and of a scale by the rank's root."""
+    config = LoraConfig(
+        r=4,
+        lora_alpha=6,
+        target_modules=["attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0", "ff.net.2", "proj_out"],
+        rank_pattern={"transformer_blocks.1.attn.to_q": 2, "attn.to_out.0": 3, "proj_out": 5},
+        alpha_pattern={"transformer_blocks.1.attn.to_q": 9, "to_k": 1, "transformer_blocks.0.ff.net.2": 20},
+        use_rslora=rslora,
+        init_lora_weights=False,
+    )
+    torch.manual_seed(0)
+    transformer = SD3Transformer2DModel.from_pretrained(pipeline, subfolder="transformer")
+    transformer.add_adapter(config)
+    StableDiffusion3Pipeline.save_lora_weights(
+        tmp_path,
+        transformer_lora_layers=get_peft_model_state_dict(transformer),
+        transformer_lora_adapter_metadata=transformer.peft_config["default"].to_dict(),
+    )
+    assert metadata_of(tmp_path)["transformer.alpha_pattern"]["to_k"] == 1
+    assert check_against_peft(tmp_path, pipeline) == 3 * 3 + 1
 
 
 def test_some_of_query_key_and_value(run, pipeline):
@@ -177,6 +212,37 @@ def test_commands(kind, run, pipeline, tmp_path, capsys):
     with pytest.raises(SystemExit):
         convert_for_ui.main([str(out), str(file)])
     assert "give a new file" in capsys.readouterr().err
+
+
+def test_a_lora_on_a_full_fine_tune_is_merged_into_it(run, pipeline, tmp_path):
+    """`--transformer` names what the LoRA was trained on; neither is in the pipeline."""
+    full = run("train_sd3_sft", "--learning_rate", 1e-2, "--output_dir", tmp_path / "full")
+    flags = ("--transformer", full, "--rank", 2, "--learning_rate", 1e-2, "--output_dir", tmp_path / "lora")
+    lora, file = run("train_sd3_soar_lora", *flags, "--trajectory_length", 1), tmp_path / "merged.safetensors"
+    convert_for_ui.main([str(lora), str(file), "--merge_into", str(pipeline), "--transformer", str(full)])
+    pipe = StableDiffusion3Pipeline.from_pretrained(
+        pipeline, transformer=SD3Transformer2DModel.from_pretrained(full, subfolder="transformer")
+    )
+    pipe.load_lora_weights(lora)
+    pipe.fuse_lora()
+    pipe.unload_lora_weights()
+    wanted, found = convert_for_ui.convert_transformer(pipe.transformer.state_dict()), load_file(file)
+    assert all(torch.equal(found[name], tensor.bfloat16()) for name, tensor in wanted.items())
+    base, tuned = weights_of(pipeline), weights_of(full)
+    key = "joint_blocks.1.x_block.attn.qkv.weight"
+    assert not torch.equal(found[key], tuned[key].bfloat16()) and not torch.equal(found[key], base[key].bfloat16())
+    key = "final_layer.linear.bias"  # which has no LoRA
+    assert torch.equal(found[key], tuned[key].bfloat16()) and not torch.equal(found[key], base[key].bfloat16())
+
+
+def test_a_model_in_several_files(pipeline, tmp_path):
+    """All of them are read."""
+    transformer = SD3Transformer2DModel.from_pretrained(pipeline, subfolder="transformer")
+    transformer.save_pretrained(tmp_path / "model" / "transformer", max_shard_size="200KB")
+    assert len(list((tmp_path / "model" / "transformer").glob("*.safetensors"))) > 2
+    convert_for_ui.main([str(tmp_path / "model"), str(tmp_path / "x.safetensors")])
+    found, wanted = load_file(tmp_path / "x.safetensors"), weights_of(pipeline)
+    assert found.keys() == wanted.keys() and all(torch.equal(found[name], wanted[name]) for name in wanted)
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import data_sets
 import datasets
@@ -157,6 +158,34 @@ def test_a_score_that_is_no_number(value, call, rated, run_folder):
     assert (summary["mean"], summary["images"], summary["missing"]) == (3.0, 3, 1)
     rated(7.0)
     assert "aesthetic 4.0000 [" in call("score_images", run_folder, "--metrics", "aesthetic")
+
+
+def test_what_a_score_depends_on(call, rated, run_folder, tmp_path):
+    """Of another prompt it is another; those of images that a call does not ask for stay; each metric's mean stays."""
+    call("score_images", run_folder, "--metrics", "ocr")
+    rated(1.0, 2.0, 3.0, 4.0, 9.0)
+    call("score_images", run_folder, "--metrics", "aesthetic")
+    metadata, path = run_folder / "metadata.jsonl", run_folder / "scores" / "aesthetic.jsonl"
+    metadata.write_text(metadata.read_text().replace("coffee", "tea"))
+    output = call("score_images", run_folder, "--metrics", "aesthetic")
+    assert "aesthetic 3.7500 [" in output
+    summaries = json.loads((run_folder / "scores.json").read_text())
+    assert (summaries["ocr"]["images"], summaries["ocr"]["missing"], summaries["aesthetic"]["missing"]) == (3, 1, 0)
+    source = ["--train_data_dir", run_folder, "--metrics", "aesthetic", "--output_dir", tmp_path / "set"]
+    rated(1.0, 2.0, 3.0, 4.0)
+    call("score_images", *source)
+    rated(7.0)
+    assert "aesthetic 1.5000 [" in call("score_images", *source, "--max_train_samples", 2)
+    assert "aesthetic 2.5000 [" in call("score_images", *source)
+    assert [json.loads(line)["score"] for line in path.read_text().splitlines()] == [1.0, 2.0, 3.0, 9.0]
+
+
+def test_the_reader_gets_blue_first(monkeypatch):
+    """As OpenCV has it, and PP-OCR learnt."""
+    scorer, seen = ocr.OCR.__new__(ocr.OCR), []
+    scorer.reader = lambda pixels: seen.append(pixels) or SimpleNamespace(txts=["A"])
+    scorer([Image.new("RGB", (4, 2), (1, 2, 3))], [{"text": 'an "A"'}])
+    assert seen[0].shape == (2, 4, 3) and seen[0][0, 0].tolist() == [3, 2, 1]
 
 
 def test_scores_without_numbers_in_a_file(call, rated, run_folder):
@@ -341,6 +370,61 @@ def test_other_weights_draw_other_images_from_the_same_noise(generate, run, pipe
     assert "weights_digest was" in complaint(output)
     _, output = generate("inner", "--transformer", full / "transformer", expect=1)
     assert "no transformer/*.safetensors in that folder" in complaint(output)
+
+
+def first_pictures(folder):
+    """The first image of each prompt."""
+    return [np.asarray(Image.open(folder / "images" / f"{i:05d}-0.png"), dtype=int) for i in range(2)]
+
+
+def test_every_setting_changes_the_images(generate):
+    """The seed by the noise of each; a folder that was drawn with another is refused."""
+    usual, _ = generate("usual")
+    for flag, value in (("--seed", 1), ("--guidance_scale", 2), ("--num_inference_steps", 3), ("--resolution", 48)):
+        folder, _ = generate(flag.strip("-"), flag, value)
+        for one, other in zip(first_pictures(usual), first_pictures(folder), strict=True):
+            assert one.shape != other.shape or abs(one - other).max() > 1, flag
+        seeds = [{json.loads(line)["seed"] for line in open(f / "metadata.jsonl")} for f in (usual, folder)]
+        assert len(seeds[1]) == 4 and (seeds[0] & seeds[1] == set() if flag == "--seed" else seeds[0] == seeds[1])
+        _, output = generate("usual", flag, value, expect=1)
+        assert f"{flag.strip('-')} was" in complaint(output)
+
+
+def test_other_prompts_of_the_same_number_are_refused(generate, tmp_path):
+    folder, _ = generate("run")
+    before = (folder / "metadata.jsonl").read_bytes()
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text(prompts.read_text().replace("red", "blue"))
+    _, output = generate("run", expect=1)
+    assert "rows_digest was" in complaint(output) and (folder / "metadata.jsonl").read_bytes() == before
+
+
+def test_a_lora_that_lies_on_another(generate, run, tmp_path):
+    """What `--lora` was trained on top of is there with it, and alone where its scale is 0; either may change."""
+    flags = ("--max_train_steps", 1, "--learning_rate", 1, "--trajectory_length", 1)
+    one, two = (run("train_sd3_soar_lora", *flags, "--seed", i, "--output_dir", tmp_path / f"lora{i}") for i in (0, 1))
+    drawn = {
+        name: first_pictures(generate(name, *arguments)[0])[0]
+        for name, arguments in {
+            "base": [],
+            "one": ["--lora", one],
+            "two": ["--lora", two],
+            "start": ["--start_lora", one, "--lora", two, "--lora_scale", 0],
+            "both": ["--start_lora", one, "--lora", two],
+        }.items()
+    }
+    assert abs(drawn["start"] - drawn["one"]).max() <= 1
+    for name in ("base", "one", "two"):
+        assert abs(drawn["both"] - drawn[name]).max() > 1
+    for name, changed in (("one", one), ("both", one), ("both", two)):
+        before = (changed / "pytorch_lora_weights.safetensors").read_bytes()
+        state = load_file(changed / "pytorch_lora_weights.safetensors")
+        save_file({key: 2 * tensor for key, tensor in state.items()}, changed / "pytorch_lora_weights.safetensors")
+        arguments = ["--lora", one] if name == "one" else ["--start_lora", one, "--lora", two]
+        _, output = generate(name, *arguments, expect=1)
+        assert "weights_digest was" in complaint(output)
+        (changed / "pytorch_lora_weights.safetensors").write_bytes(before)
+        generate(name, *arguments)
 
 
 def test_a_base_that_changes_and_a_list_that_does_not(generate, pipeline, tmp_path, monkeypatch):

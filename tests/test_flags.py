@@ -565,7 +565,7 @@ def test_default_output_dir(script, run, tmp_path, monkeypatch):
     run(script, "--output_dir", "here")
     assert [path.name for path in tmp_path.iterdir()] == ["here"]
     args = importlib.import_module(script).parse_args(
-        ["--pretrained_model_name_or_path", "x", "--train_data_dir", str(tmp_path)]
+        ["--pretrained_model_name_or_path", "x", "--train_data_dir", str(tmp_path / "here")]
     )
     assert args.output_dir == script.removeprefix("train_").replace("_", "-")
 

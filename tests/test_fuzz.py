@@ -117,7 +117,7 @@ def write_folder(folder, rng):
             ends = re.escape(str(listed[0][0].name))
         elif fault < 0.25:
             (folder / f"{images[0][0].with_suffix('')}.txt").write_text("beside")
-            ends = "and captions in .txt files: remove one of them"
+            ends = "both hold captions: remove one of them"
     else:
         # In the order of a walk: folder by folder, names sorted.
         listed.sort(key=lambda item: (str(item[0].parent), item[0].name))

@@ -164,7 +164,10 @@ def test_first_gradient_is_the_advantage_times_flow_matching(beta):
 def test_transition_and_its_probability_are_the_authors(mode, case):
     """In the middle, at sigma = 1, and at the last step; and the gradient of the log-probability."""
     given, wanted = VECTORS["flow_grpo"][case]["inputs"], VECTORS["flow_grpo"][case]["outputs"]
-    levels, step = (given["sigma"], given["sigma_next"]), (mode, given["noise_level"], given["sigma_next"].max())
+    levels, step = (
+        (given["sigma"], given["sigma_next"]),
+        (mode, given["noise_level"], given["sigma_next"].max().expand(len(given["sigma"]))),
+    )
     close = {"rtol": 1e-4, "atol": 1e-5}
     for policy in ("old", "new", "ref"):
         velocity = given[f"model_output_{policy}"].clone().requires_grad_()
@@ -235,7 +238,9 @@ def test_first_gradient_is_the_advantage_times_that_of_the_probability():
     sigmas, advantages = torch.tensor([1.0, 0.9, 0.7, 0.5]), torch.tensor([-5.0, -0.3, 0.0, 2.0])
     levels = (level.expand(4) for level in sigmas[2:])
     velocity = old.clone().requires_grad_()
-    mean, std = soar_utils.step_distribution(states, velocity, *levels, "flow_sde", 0.7, sigma_max=0.9)
+    mean, std = soar_utils.step_distribution(
+        states, velocity, *levels, "flow_sde", 0.7, sigma_max=torch.full((4,), 0.9)
+    )
     following = (mean + std.view(-1, 1, 1, 1) * noise).detach()
     log_probs = grpo.log_probabilities("flow_sde", mean, std, following)
     (wanted,) = torch.autograd.grad((-advantages * log_probs).sum() / 4, velocity)

@@ -196,12 +196,12 @@ def noisy_steps(args, step):
 
 def transition(args, predict, states, sigmas, k):
     """Mean and standard deviation of step `k` from `states`, were it noisy, guided; one graph has both branches."""
-    sigma, sigma_next = (level.expand(len(states)) for level in sigmas[k : k + 2])
+    sigma, sigma_next, sigma_max = (level.expand(len(states)) for level in (sigmas[k], sigmas[k + 1], sigmas[1]))
     velocity = predict(states, sigma)
     if args.rollout_guidance != 1:
         velocity = soar_utils.apply_guidance(velocity, predict(states, sigma, null=True), args.rollout_guidance)
     step = states, velocity, sigma, sigma_next, args.sde_type, args.sde_noise_scale
-    return soar_utils.step_distribution(*step, sigma_max=sigmas[1]), velocity
+    return soar_utils.step_distribution(*step, sigma_max=sigma_max), velocity
 
 
 def old_decay(args, updates):
