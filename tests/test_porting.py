@@ -84,8 +84,8 @@ ERRORS = {
         "        return_dict=False,\n    )[0].neg()\n",
     ),
     "rollout upward": (
-        "noisy_latents, velocity_cfg, sigma, sigma_next, mode",
-        "noisy_latents, -velocity_cfg, sigma, sigma_next, mode",
+        "noisy_latents, velocity_cfg, sigma, sigma_next, *stochastic",
+        "noisy_latents, -velocity_cfg, sigma, sigma_next, *stochastic",
     ),
     "rollout from the velocity of nothing": (
         "velocity_cfg = velocity.detach()",

@@ -46,7 +46,7 @@ from diffusers.training_utils import free_memory
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode, register_flop_formula, sdpa_flop_count
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from tqdm.auto import tqdm
 from transformers import AutoConfig, CLIPTextModelWithProjection, T5EncoderModel
 
@@ -65,15 +65,19 @@ NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)  # a weight, an 8-bit scale every 64, 
 GIB, TERA = 2**30, 1e12
 
 
-# `FlopCounterMode` does not know the CPU's attention.
-@register_flop_formula(torch.ops.aten._scaled_dot_product_flash_attention_for_cpu)
 def attention_flop(query, key, value, *rest, out_shape=None, **more):
     return sdpa_flop_count(query, key, value)
 
 
-@register_flop_formula(torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward)
 def attention_backward_flop(gradient, query, key, value, *rest, out_shape=None, **more):
     return 2 * sdpa_flop_count(query, key, value)  # the model's: without what the kernel computes a second time
+
+
+# The CPU's attention, which `FlopCounterMode` does not know.
+CPU_ATTENTION = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention_flop,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: attention_backward_flop,
+}
 
 
 class LiveBytes(TorchDispatchMode):
@@ -236,7 +240,7 @@ class Configuration:
         }
 
     def count_once(self, operations=True):
-        counter = FlopCounterMode(display=False)
+        counter = FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION)
         with weights_from_configs(torch.device("meta")), torch.device("meta"):
             transformer = self.load(compile=False)
         with FakeTensorMode(allow_non_fake_inputs=True), cuda_autocast(), LiveBytes() as live:
@@ -268,7 +272,7 @@ class Configuration:
                 quantized = sum(weight.numel() for weight in linear if not weight.requires_grad)
                 saved = quantized * (self.weight_dtype.itemsize - NF4_BYTES)
                 peak, weights = peak - saved, weights - saved
-            with FlopCounterMode(display=False) as one, torch.no_grad():
+            with FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as one, torch.no_grad():
                 transformer(
                     hidden_states=batch["latents"][:1],
                     timestep=torch.zeros(1),

@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmark"))
-import benchmark_step  # noqa: E402, F401  # knows the operations of the CPU's attention
+from benchmark_step import CPU_ATTENTION  # noqa: E402
 
 
 # Of the published configs, what differs from the classes' defaults.
@@ -78,7 +78,7 @@ def sdxl(side):
 
 def count(make, *inputs):
     """Units of 1e12 operations of one forward of one picture."""
-    with torch.no_grad(), FakeTensorMode(), FlopCounterMode(display=False) as counter:
+    with torch.no_grad(), FakeTensorMode(), FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as counter:
         model, arguments = make(*inputs)
         model(**arguments)
     return counter.get_total_flops() / 1e12
