@@ -1009,9 +1009,8 @@ def test_rollout(run, monkeypatch, tmp_path):
     arguments = (SOAR, "--max_train_steps", 1, "--num_rollout_paths", 3, "--trajectory_length", 1)
     run(*arguments, "--output_dir", tmp_path / "default")
     run(*arguments, "--sde_rollout_type", "cps", "--sde_noise_scale", 0.3, "--cfg_scale_sampling", 2)
-    shown = [(inputs[4], inputs[5], inputs[6] is None) for inputs, _, _ in steps]
-    assert shown[:3] == [("ode", 0.5, True), ("flow_sde", 0.5, False), ("flow_sde", 0.5, False)]
-    assert shown[3:] == [("ode", 0.3, True), ("cps", 0.3, False), ("cps", 0.3, False)]
+    shown = [inputs[4:6] for inputs, _, _ in steps]  # the ODE step is the default
+    assert shown == [(), ("flow_sde", 0.5), ("flow_sde", 0.5), (), ("cps", 0.3), ("cps", 0.3)]
     assert [inputs[2] for inputs, _, _ in guidance] == [4.5, 2.0]
     assert not torch.equal(steps[1][0][6], steps[2][0][6])  # each path draws its own noise
     assert all(torch.equal(inputs[1], guidance[i // 3][2]) for i, (inputs, _, _) in enumerate(steps))
