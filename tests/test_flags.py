@@ -1226,6 +1226,7 @@ def test_loras_of_other_programs(write, options, run, pipeline, tmp_path, caplog
         "alpha_pattern": {"attn.to_v": 3},
     }
     adapter = get_peft_model(transformer, LoraConfig(r=4, lora_alpha=16, init_lora_weights=False, **layers, **options))
+    adapter.peft_config["default"].base_model_name_or_path = "/home/someone/models/sd3"
     source = write(adapter, tmp_path / "adapter")
     size = sum(tensor.numel() for tensor in tensors_of(adapter).values())
     out = run(LORA, "--lora", source, "--learning_rate", 0, "--checkpointing_steps", 1)
