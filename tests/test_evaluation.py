@@ -3,6 +3,7 @@
 
 import hashlib
 import importlib
+import io
 import json
 import os
 import re
@@ -537,6 +538,41 @@ def test_numbers_that_are_not_finite_are_not_drawn(generate):
     folder, output = generate("run", "--guidance_scale", 1e38, expect=1)
     assert "images/00000-0.png to " in complaint(output) and "not finite" in complaint(output)
     assert not list((folder / "images").iterdir()) and not (folder / "metadata.jsonl").exists()
+
+
+@pytest.mark.parametrize("command", ["generate", "score", "convert"])
+def test_a_full_disk_is_one_line(command, call, generate, rated, run_folder, tmp_path, monkeypatch):
+    """That names the folder or the file; what is whole stays, and nothing half."""
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    if command == "generate":
+        monkeypatch.setattr("generate_images.write_whole", lambda path, _: path.suffix == ".png" and full())
+        folder, output = generate("new", expect=1)
+        assert f"--output_dir {folder}" in complaint(output) and not (folder / "metadata.jsonl").exists()
+    elif command == "score":
+        rated(1.0)
+        files = {"a": FullFile}
+        monkeypatch.setattr("scoring.open", lambda *a, **b: files.get(a[1], lambda: open(*a, **b))(), raising=False)
+        output = call("score_images", run_folder, "--metrics", "aesthetic", expect=1)
+        assert str(run_folder / "scores" / "aesthetic.jsonl") in complaint(output)
+    else:
+        monkeypatch.setattr("data_sets.place", full)
+        output = call("convert_jsonl", "--train_data_dir", run_folder, "--output_dir", tmp_path / "new", expect=1)
+        assert f"--output_dir {tmp_path / 'new'}" in complaint(output)
+        assert not [path for path in tmp_path.iterdir() if "new" in path.name]
+    assert "No space left" in complaint(output)
+
+
+class FullFile(io.StringIO):
+    """What was written is still to be written when it is closed."""
+
+    def flush(self):
+        raise OSError(28, "No space left on device")
+
+    def close(self):
+        self.flush()
 
 
 def test_missing_weights_leave_the_other_metrics(run_folder, tmp_path):
