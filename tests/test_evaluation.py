@@ -663,6 +663,26 @@ def test_converted_bare_images(call, photos, tmp_path):
     assert sorted(captions) == ["a photo of sks dog"] * len(others) + ["its own"]
 
 
+@pytest.mark.parametrize(
+    ("to", "name", "field"), [("image_folder", "metadata", "text"), ("jsonl", "data", "caption_en")]
+)
+def test_all_captions_of_an_image_are_kept(to, name, field, call, tmp_path):
+    """Each of several; and an image that cannot be read is named, counted and left out."""
+    source = tmp_path / "source"
+    source.mkdir()
+    captions = {"a.png": ["one", "two"], "b.png": "three", "c.png": "broken"}
+    for i, file in enumerate(captions):
+        Image.new("RGB", (32, 32), (0, 0, i)).save(source / file)
+    (source / "c.png").write_bytes(b"no image")
+    lines = [json.dumps({"file_name": file, "text": text}) + "\n" for file, text in captions.items()]
+    (source / "metadata.jsonl").write_text("".join(lines))
+    flags = ["--to", to, "--resolution", 32, "--output_dir", tmp_path / "out"]
+    output = call("convert_jsonl", "--train_data_dir", source, *flags, expect=1)
+    assert "left out: c.png: " in output and "2 images in" in output and "1 left out" in output
+    rows = [json.loads(line) for line in (tmp_path / "out" / f"{name}.jsonl").read_text().splitlines()]
+    assert [row[field] for row in rows] == [["one", "two"], "three"]
+
+
 def test_conversion_touches_nothing_else(call, photos, tmp_path, caplog):
     """A source that is called as a partial output would be; an output among the data; an image that is not listed."""
     source = tmp_path / "data.partial"
