@@ -3,6 +3,7 @@
 
 import hashlib
 import importlib
+import io
 import json
 import os
 import re
@@ -539,6 +540,41 @@ def test_numbers_that_are_not_finite_are_not_drawn(generate):
     assert not list((folder / "images").iterdir()) and not (folder / "metadata.jsonl").exists()
 
 
+@pytest.mark.parametrize("command", ["generate", "score", "convert"])
+def test_a_full_disk_is_one_line(command, call, generate, rated, run_folder, tmp_path, monkeypatch):
+    """That names the folder or the file; what is whole stays, and nothing half."""
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    if command == "generate":
+        monkeypatch.setattr("generate_images.write_whole", lambda path, _: path.suffix == ".png" and full())
+        folder, output = generate("new", expect=1)
+        assert f"--output_dir {folder}" in complaint(output) and not (folder / "metadata.jsonl").exists()
+    elif command == "score":
+        rated(1.0)
+        files = {"a": FullFile}
+        monkeypatch.setattr("scoring.open", lambda *a, **b: files.get(a[1], lambda: open(*a, **b))(), raising=False)
+        output = call("score_images", run_folder, "--metrics", "aesthetic", expect=1)
+        assert str(run_folder / "scores" / "aesthetic.jsonl") in complaint(output)
+    else:
+        monkeypatch.setattr("data_sets.place", full)
+        output = call("convert_jsonl", "--train_data_dir", run_folder, "--output_dir", tmp_path / "new", expect=1)
+        assert f"--output_dir {tmp_path / 'new'}" in complaint(output)
+        assert not [path for path in tmp_path.iterdir() if "new" in path.name]
+    assert "No space left" in complaint(output)
+
+
+class FullFile(io.StringIO):
+    """What was written is still to be written when it is closed."""
+
+    def flush(self):
+        raise OSError(28, "No space left on device")
+
+    def close(self):
+        self.flush()
+
+
 def test_missing_weights_leave_the_other_metrics(run_folder, tmp_path):
     """Offline and with an empty cache: one line with the command that fetches the files, and OCR is still scored."""
     environment = os.environ | {"HF_HOME": str(tmp_path / "empty"), "HF_HUB_OFFLINE": "1"}
@@ -634,6 +670,26 @@ def test_converted_bare_images(call, photos, tmp_path):
     call("convert_jsonl", "--train_data_dir", source, *prompt, "--output_dir", tmp_path / "data")
     captions = [row[0] for row in read_back("--train_data_dir", tmp_path / "data")]
     assert sorted(captions) == ["a photo of sks dog"] * len(others) + ["its own"]
+
+
+@pytest.mark.parametrize(
+    ("to", "name", "field"), [("image_folder", "metadata", "text"), ("jsonl", "data", "caption_en")]
+)
+def test_all_captions_of_an_image_are_kept(to, name, field, call, tmp_path):
+    """Each of several; and an image that cannot be read is named, counted and left out."""
+    source = tmp_path / "source"
+    source.mkdir()
+    captions = {"a.png": ["one", "two"], "b.png": "three", "c.png": "broken"}
+    for i, file in enumerate(captions):
+        Image.new("RGB", (32, 32), (0, 0, i)).save(source / file)
+    (source / "c.png").write_bytes(b"no image")
+    lines = [json.dumps({"file_name": file, "text": text}) + "\n" for file, text in captions.items()]
+    (source / "metadata.jsonl").write_text("".join(lines))
+    flags = ["--to", to, "--resolution", 32, "--output_dir", tmp_path / "out"]
+    output = call("convert_jsonl", "--train_data_dir", source, *flags, expect=1)
+    assert "left out: c.png: " in output and "2 images in" in output and "1 left out" in output
+    rows = [json.loads(line) for line in (tmp_path / "out" / f"{name}.jsonl").read_text().splitlines()]
+    assert [row[field] for row in rows] == [["one", "two"], "three"]
 
 
 def test_conversion_touches_nothing_else(call, photos, tmp_path, caplog):

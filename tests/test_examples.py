@@ -6,6 +6,7 @@ import shlex
 import shutil
 import sys
 
+import matplotlib.pyplot  # noqa: F401  # what the forks import need not be imported by each
 import pytest
 import torch
 import trained

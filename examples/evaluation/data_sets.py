@@ -146,8 +146,10 @@ def write_data_set(args, rows, extra=()):
         partial.chmod(0o755)
     try:
         bad = write_into(partial, args, rows, extra)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(partial)
+        if isinstance(error, OSError):  # the disk is full
+            script.fail(f"--output_dir {args.output_dir}: {error}")
         raise
     with script.failing_with(f"--output_dir {args.output_dir}; the data set is in {partial}"):
         partial.rename(args.output_dir)

@@ -271,8 +271,10 @@ def main(input_args=None):
     hidden = not accelerator.is_main_process
     with tqdm(total=sum(map(len, own)), desc="Drawing", unit="image", disable=hidden) as bar:
         for batch in own:
-            for row, image in zip(batch, draw(args, pipeline, batch), strict=True):
-                write_whole(args.output_dir / row["file_name"], lambda p, image=image: image.save(p, "PNG"))
+            images = draw(args, pipeline, batch)
+            with script.failing_with(f"--output_dir {args.output_dir}"):
+                for row, image in zip(batch, images, strict=True):
+                    write_whole(args.output_dir / row["file_name"], lambda p, image=image: image.save(p, "PNG"))
             bar.update(len(batch))
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:

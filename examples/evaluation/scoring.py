@@ -157,7 +157,11 @@ def score(scorer, metric, rows, folder, batch_size):
     """
     path = folder / "scores" / f"{metric}.jsonl"
     broken = []
-    with open(path, "a", encoding="utf-8") as file, tqdm(total=len(rows), desc=metric, unit="image") as bar:
+    with (
+        script.failing_with(f"{path} cannot hold scores"),  # where the disk is full, also of what its end writes
+        open(path, "a", encoding="utf-8") as file,
+        tqdm(total=len(rows), desc=metric, unit="image") as bar,
+    ):
         for start in range(0, len(rows), batch_size):
             batch, images = [], []
             for row in rows[start : start + batch_size]:
